@@ -1,0 +1,304 @@
+"""Every error that farpoint raises.
+
+The message of each is built from its attributes, and says what was asked, what exists and what to type next::
+
+    FarpointError
+    ├── PointerError (RuntimeError)         a pointer cannot be used like that
+    │   ├── PointerSpentError                 its reference was given up: by get, move, free
+    │   ├── NotColocatedError                 the operands of one operation live in different places
+    │   ├── ValueNotHereError                 bool(p), p.item(), numpy.asarray(p): the value is elsewhere
+    │   └── ForkedPointerError                the pointer was made before this process was forked
+    ├── ObjectNotFoundError (LookupError)   a worker has no such object, or you hold no reference to it
+    ├── WorkerNotFoundError (LookupError)   nobody of that name is known
+    ├── WorkerLostError (ConnectionError)   the worker, or the way to it, is gone
+    │   └── WorkerRestartedError              it is back, and has forgotten
+    ├── RemoteExecutionError (RuntimeError) an operation failed on its worker
+    ├── PermissionDeniedError (PermissionError)
+    │   ├── OperationNotAllowedError          the operation is outside the worker's table
+    │   └── GetNotPermittedError              the worker's policy keeps the value
+    ├── EncodeError (ValueError)            a value that cannot travel
+    ├── DecodeError (ValueError)            bytes that are not what a peer of ours writes
+    │   └── LimitError                        ... or more of them than is allowed
+    ├── ProtocolError (RuntimeError)        the peer broke the protocol
+    │   └── StaleIncarnationError             it speaks to an earlier life of this process
+    ├── TransportError (ConnectionError)    a link could not be made, or broke
+    ├── SynchronizationTimeoutError (TimeoutError)  nothing arrived for too long
+    └── PluginError (RuntimeError)          a plugin is missing, broken or clashes with another
+
+None of them derives from `TypeError`: torch turns a `TypeError` raised below an arithmetic dunder into
+`NotImplemented`, and `p == 1` would quietly be `False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class FarpointError(Exception):
+    """Base of all errors of farpoint."""
+
+
+class PointerError(FarpointError, RuntimeError):
+    """A pointer cannot be used in the way that was tried."""
+
+
+class PointerSpentError(PointerError):
+    """The pointer has given its reference up.
+
+    Attributes:
+        pointer: How the pointer printed while it was alive.
+        how: The call that spent it (`get`, `move`, `free` ...).
+        where: File and line of that call.
+    """
+
+    def __init__(self, pointer: str, how: str, where: str) -> None:
+        self.pointer = pointer
+        self.how = how
+        self.where = where
+        keep = " Use get(keep=True) to copy the value and keep the pointer." if how == "get" else ""
+        super().__init__(
+            f"this pointer is spent: {pointer} was given up by {how}() at {where}. "
+            f"Use what {how}() returned, or send the tensor again.{keep}"
+        )
+
+
+class NotColocatedError(PointerError):
+    """The operands of one operation live in different places.
+
+    Attributes:
+        operation: What was called.
+        first: Where the first operand is.
+        second: Where the operand is that does not match.
+        fix: The call that would bring them together.
+    """
+
+    def __init__(self, operation: str, first: str, second: str, fix: str) -> None:
+        self.operation = operation
+        self.first = first
+        self.second = second
+        self.fix = fix
+        super().__init__(
+            f"{operation}: one operand is {first}, another is {second}. "
+            f"Operands of one operation must be reached by the same way on the same worker: {fix}."
+        )
+
+
+class ValueNotHereError(PointerError):
+    """Something asked for the value of a pointer without `get`.
+
+    Attributes:
+        request: What was asked.
+        worker: Where the value is.
+    """
+
+    def __init__(self, request: str, worker: str) -> None:
+        self.request = request
+        self.worker = worker
+        super().__init__(
+            f"{request} needs the value of a pointer, and the value is on {worker}. "
+            "Bring it here first, with p.get(), or p.get(keep=True) to leave it there as well."
+        )
+
+
+class ForkedPointerError(PointerError):
+    """A pointer was used in a process that was forked after the pointer was made.
+
+    Attributes:
+        pointer: How the pointer prints.
+    """
+
+    def __init__(self, pointer: str) -> None:
+        self.pointer = pointer
+        super().__init__(
+            f"{pointer} belongs to the process that made it, and this is a forked child: both would speak over one "
+            "session. Connect in the child, or load data with num_workers=0."
+        )
+
+
+class ObjectNotFoundError(FarpointError, LookupError):
+    """A worker has no such object, or the asker holds no reference to it.
+
+    Attributes:
+        object_id: The id that was asked for.
+        worker: Who was asked.
+        reason: Why it is not there, where that is known.
+    """
+
+    def __init__(self, object_id: int, worker: str, reason: str = "") -> None:
+        self.object_id = object_id
+        self.worker = worker
+        self.reason = reason
+        super().__init__(
+            f"{worker} has no object {object_id} that you hold a reference to{': ' + reason if reason else ''}. "
+            f"It may have been freed, or cleared by clear_objects(). {worker}.search('#tag') finds what is there."
+        )
+
+
+class WorkerNotFoundError(FarpointError, LookupError):
+    """Nobody of that name is known here.
+
+    Attributes:
+        name: The name that was asked for.
+        known: The names that exist.
+    """
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = tuple(sorted(known))
+        exists = ", ".join(self.known) or "none"
+        super().__init__(
+            f"no worker {name!r} is known here (known: {exists}). "
+            f"Make one with farpoint.VirtualWorker(id={name!r}), or reach one with farpoint.connect(url)."
+        )
+
+
+class WorkerLostError(FarpointError, ConnectionError):
+    """The worker, or the way to it, is gone.
+
+    Attributes:
+        worker: Who is gone.
+        cause: What was noticed.
+    """
+
+    def __init__(self, worker: str, cause: str) -> None:
+        self.worker = worker
+        self.cause = cause
+        super().__init__(
+            f"{worker} cannot be reached any more: {cause}. Pointers to it are lost; connect again and send the data again."
+        )
+
+
+class WorkerRestartedError(WorkerLostError):
+    """The worker answers again, and it is another life of it, without our objects."""
+
+
+class RemoteExecutionError(FarpointError, RuntimeError):
+    """An operation failed on the worker that ran it.
+
+    Attributes:
+        worker: Who ran it.
+        operation: The operator, like `aten::inverse`.
+        error: Class name of the error over there.
+        text: Its text.
+        line: File and line that issued the operation, where known.
+        remote_traceback: The traceback over there, if the worker's policy exposes it.
+    """
+
+    def __init__(
+        self, worker: str, operation: str, error: str, text: str, line: str = "", remote_traceback: str = ""
+    ) -> None:
+        self.worker = worker
+        self.operation = operation
+        self.error = error
+        self.text = text
+        self.line = line
+        self.remote_traceback = remote_traceback
+        issued = f"{line}: " if line else ""
+        behind = f"\n\nThe traceback on {worker}:\n{remote_traceback}" if remote_traceback else ""
+        super().__init__(
+            f"{issued}{operation} failed on {worker}: {error}: {text}\n"
+            f"Its results, and whatever was computed from them, carry this error.{behind}"
+        )
+
+
+class PermissionDeniedError(FarpointError, PermissionError):
+    """A worker refused. Nothing has happened there.
+
+    Attributes:
+        worker: Who refused.
+        action: What was asked.
+        reason: Why not.
+    """
+
+    def __init__(self, worker: str, action: str, reason: str) -> None:
+        self.worker = worker
+        self.action = action
+        self.reason = reason
+        super().__init__(f"{worker} does not permit {action}: {reason}")
+
+
+class OperationNotAllowedError(PermissionDeniedError):
+    """The operation is outside the table of what a worker executes."""
+
+
+class GetNotPermittedError(PermissionDeniedError):
+    """The worker's policy keeps the value where it is."""
+
+
+class EncodeError(FarpointError, ValueError):
+    """A value cannot travel."""
+
+
+class DecodeError(FarpointError, ValueError):
+    """Bytes are not what a peer of ours writes."""
+
+
+class LimitError(DecodeError):
+    """What arrived exceeds a limit.
+
+    Attributes:
+        limit: Name of the limit, an attribute of `farpoint.limits.Limits`.
+        allowed: Its value.
+        found: What arrived.
+    """
+
+    def __init__(self, limit: str, allowed: int, found: int | str) -> None:
+        self.limit = limit
+        self.allowed = allowed
+        self.found = found
+        super().__init__(f"{found} exceeds the limit {limit}={allowed}; the receiver may raise it with Limits({limit}=...)")
+
+
+class ProtocolError(FarpointError, RuntimeError):
+    """The peer broke the protocol."""
+
+
+class StaleIncarnationError(ProtocolError):
+    """A message is meant for an earlier life of this process, and was dropped."""
+
+
+class TransportError(FarpointError, ConnectionError):
+    """A link could not be made, or broke.
+
+    Attributes:
+        url: Where the link leads.
+        cause: What went wrong.
+    """
+
+    def __init__(self, url: str, cause: str) -> None:
+        self.url = url
+        self.cause = cause
+        super().__init__(f"{url}: {cause}")
+
+
+class SynchronizationTimeoutError(FarpointError, TimeoutError):
+    """Nothing arrived from a worker for too long.
+
+    Attributes:
+        worker: Who is silent.
+        seconds: How long was waited without progress.
+    """
+
+    def __init__(self, worker: str, seconds: float) -> None:
+        self.worker = worker
+        self.seconds = seconds
+        super().__init__(f"{worker} made no progress for {seconds:g} s. Nothing was given up: the same call may be repeated.")
+
+
+class PluginError(FarpointError, RuntimeError):
+    """A plugin is missing, broken, or clashes with another.
+
+    Attributes:
+        kind: `transport`, `serializer`, `store` ... or `plugin`.
+        name: The name that was asked for.
+        reason: What is wrong.
+        available: The names that exist.
+    """
+
+    def __init__(self, kind: str, name: str, reason: str, available: Sequence[str] = ()) -> None:
+        self.kind = kind
+        self.name = name
+        self.reason = reason
+        self.available = tuple(available)
+        exists = f" Available: {', '.join(self.available)}." if self.available else ""
+        super().__init__(f"{kind} {name!r}: {reason}.{exists}")

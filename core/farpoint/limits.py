@@ -1,0 +1,53 @@
+"""The limits that a party enforces on what it receives, all finite and all configurable."""
+
+from __future__ import annotations
+
+import attrs
+
+MEBI = 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """Bounds on incoming data, checked before anything is allocated.
+
+    Attributes:
+        header_bytes: Size of the control frame (everything of a message but its tensors), in bytes.
+        depth: Nesting of lists and maps in a control frame.
+        array_items: Items of one list in a control frame.
+        map_items: Items of one map in a control frame.
+        text_chars: Characters of one string in a control frame.
+        message_bytes: Tensor bytes of one message.
+        tensor_dims: Dimensions of one tensor.
+        tensors: Tensors in one message.
+        commands_in_flight: Commands that a session keeps unacknowledged.
+        results: Results of one operation.
+        tensor_list: Tensors in one list argument of an operation.
+        templates: Command templates that a session may define.
+        hops: Pointers that one chain may consist of.
+        error_chars: Characters of an error text that travels.
+        name_chars: Characters of a worker name or a tag.
+        tags: Tags of one object.
+        objects: Objects that one worker stores.
+    """
+
+    header_bytes: int = MEBI
+    depth: int = 16
+    array_items: int = 8_192
+    map_items: int = 64
+    text_chars: int = 65_536
+    message_bytes: int = 4 * 1024 * MEBI
+    tensor_dims: int = 32
+    tensors: int = 4_096
+    commands_in_flight: int = 4_096
+    results: int = 1_024
+    tensor_list: int = 1_024
+    templates: int = 4_096
+    hops: int = 8
+    error_chars: int = 500
+    name_chars: int = 64
+    tags: int = 16
+    objects: int = 100_000
+
+
+DEFAULT_LIMITS = Limits()

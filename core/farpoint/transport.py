@@ -1,0 +1,94 @@
+"""What a transport is: ordered messages between two parties, whatever carries them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, TypeAlias
+
+from farpoint.serializer import Frame
+
+
+class Receiver(Protocol):
+    """What a transport tells about one end of a link."""
+
+    def received(self, frames: Sequence[Frame]) -> None:
+        """Take one message. Called for one message at a time, in the order of the peer's writes.
+
+        The frames may be used until this call returns. It raises nothing.
+        """
+
+    def lost(self, cause: Exception | None) -> None:
+        """Learn that the link is gone: called exactly once, after the last `received`.
+
+        Args:
+            cause: What broke it, or None after a `close` of either side.
+        """
+
+
+class Link(ABC):
+    """One end of an ordered, bidirectional connection.
+
+    A link guarantees:
+
+    * Messages arrive whole, in order and exactly once, with the frames they were written with: any number of frames
+      from one up, any size including 0. What is read is bytes: the type of a buffer may differ.
+    * `write` may be called from any thread, also from within `received`. It blocks while the peer is slow, and
+      raises `TransportError` once the link is gone. No frame is kept after it returns: the caller may reuse its
+      memory at once.
+    * `close` is idempotent, may be called from any thread, and delivers what was written before it.
+    * The loss of a link is reported once, to the `Receiver`, with its cause.
+    """
+
+    @abstractmethod
+    def write(self, frames: Sequence[Frame]) -> None:
+        """Send one message.
+
+        Raises:
+            TransportError: The link is gone.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the link. The second call does nothing."""
+
+
+class Listener(ABC):
+    """A place where links arrive."""
+
+    url: str
+    """Where a peer dials to arrive here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Accept no further link. Links that exist stay. The second call does nothing."""
+
+
+Accept: TypeAlias = Callable[[Link], Receiver]
+"""Called with this end of each new link before its first message; returns who receives."""
+
+
+class Transport(ABC):
+    """Makes links for the URLs of its schemes.
+
+    Attributes:
+        schemes: The URL schemes that it serves, like `("virtual",)`.
+    """
+
+    schemes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def connect(self, url: str, receiver: Receiver) -> Link:
+        """Return this end of a new link to whoever listens at `url`.
+
+        Raises:
+            TransportError: Nobody listens there, or it cannot be reached.
+        """
+
+    @abstractmethod
+    def listen(self, url: str, accept: Accept) -> Listener:
+        """Accept links at `url` until the listener is closed.
+
+        Raises:
+            TransportError: The place is taken, or cannot be listened at.
+        """
