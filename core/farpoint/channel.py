@@ -1,0 +1,107 @@
+"""One end of a session: link, serializer and numbered messages in one place, safe for threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from farpoint.errors import FarpointError, TransportError, WorkerLostError
+from farpoint.protocol.session import Session
+from farpoint.serializer import Frame, Serializer
+from farpoint.transport import Link
+
+BATCH = 128
+"""Messages after which a packet is sent without anybody waiting for it."""
+
+
+class Channel:
+    """Carries the messages of one session over one link.
+
+    Packets are packed and encoded in order under the lock, and written outside it: a write may deliver at once, and what it
+    delivers may come back to this channel before it returns.
+
+    Args:
+        name: Who is at the other end, for errors.
+        deliver: Called with the number and content of each message that arrives, in order.
+        after: Called when the messages of one packet have been delivered.
+    """
+
+    def __init__(
+        self, name: str, deliver: Callable[[int, list[Any]], None], after: Callable[[], None]
+    ) -> None:
+        self.name = name
+        self.lock = threading.RLock()
+        self.lost: Exception | None = None
+        self._deliver = deliver
+        self._after = after
+        self._out: deque[list[Frame]] = deque()
+        self._writing = False
+
+    def open(self, link: Link, session: Session, serializer: Serializer) -> None:
+        """Begin to speak."""
+        self.link = link
+        self.session = session
+        self.serializer = serializer
+
+    def submit(self, message: list[Any]) -> int:
+        """Take a message for the next packet and return its number.
+
+        Raises:
+            WorkerLostError: The link is gone.
+        """
+        with self.lock:
+            if self.lost is not None:
+                raise WorkerLostError(self.name, str(self.lost))
+            return self.session.submit(message)
+
+    def flush(self) -> None:
+        """Send what is waiting."""
+        with self.lock:
+            if self.lost is not None:
+                return
+            packet = self.session.pack()
+            if packet is None and not self._out:
+                return
+            busy = self._writing
+            if packet is not None:
+                frames = self.serializer.encode(packet)
+                # Frames alias tensors that may change as soon as this call returns; whoever writes will not be done by then.
+                self._out.append([bytes(frame) for frame in frames] if busy else frames)
+            if busy:
+                return
+            self._writing = True
+        while True:
+            with self.lock:
+                if not self._out:
+                    self._writing = False
+                    return
+                frames = self._out.popleft()
+            try:
+                self.link.write(frames)
+            except TransportError as error:
+                with self.lock:
+                    self._writing = False
+                    self.lost = self.lost or error
+                return
+
+    def received(self, frames: Sequence[Frame]) -> None:
+        """Take a packet from the link. A peer that breaks the protocol costs itself the link, and nobody else anything."""
+        try:
+            packet = self.serializer.decode(frames)
+            with self.lock:
+                messages = self.session.receive(packet)
+            for number, message in messages:
+                self._deliver(number, message)
+        except FarpointError as error:
+            self.fail(error)
+            return
+        self._after()
+
+    def fail(self, cause: Exception) -> None:
+        """Give the link up."""
+        with self.lock:
+            if self.lost is None:
+                self.lost = cause
+        self.link.close()

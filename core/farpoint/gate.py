@@ -1,0 +1,107 @@
+"""The thin gate above dispatch: what the user passed must live together, and values do not leave by accident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from farpoint.errors import NotColocatedError, PointerSpentError, ValueNotHereError
+from farpoint.route import SPENT
+
+if TYPE_CHECKING:
+    from farpoint.peer import Reference
+    from farpoint.pointer import PointerTensor
+
+_T: Any = torch.Tensor
+_REFUSED: dict[Any, str] = {
+    function: name
+    for name, function in {
+        "bool(p)": _T.__bool__,
+        "int(p)": _T.__int__,
+        "float(p)": _T.__float__,
+        "complex(p)": _T.__complex__,
+        "using p as an index": _T.__index__,
+        "p.item()": _T.item,
+        "p.tolist()": _T.tolist,
+        "p.numpy()": _T.numpy,
+        "numpy.asarray(p)": _T.__array__,
+        "formatting p": _T.__format__,
+        "p.__dlpack__()": _T.__dlpack__,
+        "p.data_ptr()": _T.data_ptr,
+        "p.untyped_storage()": _T.untyped_storage,
+        "p.storage()": _T.storage,
+        "x in p": _T.__contains__,
+        "torch.equal(p, q)": torch.equal,
+        "p.equal(q)": _T.equal,
+        "torch.allclose(p, q)": torch.allclose,
+        "p.allclose(q)": _T.allclose,
+        "torch.is_nonzero(p)": torch.is_nonzero,
+        "p.is_nonzero()": _T.is_nonzero,
+        "p.share_memory_()": _T.share_memory_,
+        "copy.deepcopy(p)": _T.__deepcopy__,
+    }.items()
+}
+_PLAIN = frozenset({int, float, bool, str, type(None), complex, torch.dtype, torch.Size, slice})
+
+
+def check(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    """Check a call of the user's before torch sees it.
+
+    Raises:
+        PointerSpentError: One of its pointers is spent.
+        NotColocatedError: Its tensors live in different places.
+        ValueNotHereError: It needs a value that is elsewhere.
+    """
+    first: Any = None
+    local: Any = None
+    pending = [args, kwargs.values()] if kwargs else [args]
+    for values in pending:
+        for value in values:
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if kind is list or kind is tuple:
+                pending.append(value)
+            elif kind is dict:
+                pending.append(value.values())
+            elif hasattr(value, "_route"):
+                if first is None:
+                    first = value
+                    check_live(value)
+                elif value._route is not first._route:
+                    check_live(value)
+                    raise elsewhere(func, first, value)
+            elif isinstance(value, torch.Tensor) and value.ndim and local is None:
+                local = value
+    refused = _REFUSED.get(func)
+    if refused is not None and first is not None:
+        raise not_here(first, refused)
+    if local is not None and first is not None:
+        end = first._route.workers[-1]
+        name = getattr(func, "__name__", str(func))
+        raise NotColocatedError(name, f"on {end}", "a local tensor", f"send it there with x.send({first._route.workers[0]})")
+
+
+def check_live(pointer: PointerTensor) -> Reference:
+    """Return the reference of a pointer.
+
+    Raises:
+        PointerSpentError: It was given up.
+    """
+    if pointer._route is SPENT or pointer._reference is None:
+        raise PointerSpentError(*(pointer._spent or ("a pointer", "an earlier call", "an unknown place")))
+    return pointer._reference
+
+
+def elsewhere(func: Any, first: PointerTensor, second: PointerTensor) -> NotColocatedError:
+    """Return the error for two pointers that do not meet."""
+    one, other = (" -> ".join(("me", *p._route.workers)) for p in (first, second))
+    fix = f"move one of them with p.move({first._route.workers[-1]}), or get() both"
+    return NotColocatedError(getattr(func, "__name__", str(func)), f"at {one}", f"at {other}", fix)
+
+
+def not_here(pointer: PointerTensor, request: str) -> ValueNotHereError:
+    """Return the error for a call that needs the value."""
+    return ValueNotHereError(request, pointer._route.workers[-1] if pointer._route.workers else "its worker")

@@ -1,0 +1,193 @@
+"""What an operation will return, known before it runs: cached on its operator, operand specs and constants."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from farpoint.operations import Hole, Operation, of
+from farpoint.spec import TensorSpec, spec_of
+from farpoint.template import Template, encode_argument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_SIGNATURES = 16_384
+_REAL_BYTES = 64 * 2**20
+_NUMBERS = (bool, int, float, complex)
+
+
+class Layout:
+    """Where the holes of an operator's arguments are."""
+
+    __slots__ = ("operation", "run_time", "run_time_names")
+
+    def __init__(self, overload: OpOverload[Any, Any]) -> None:
+        self.operation: Operation = of(overload)
+        arguments = overload._schema.arguments
+        # A number in place of a tensor, as in `x + 2`, never decides a shape either.
+        self.run_time = self.operation.scalar_positions | {
+            i for i, a in enumerate(arguments) if str(a.type) == "Tensor" and not a.kwarg_only
+        }
+        self.run_time_names = self.operation.scalar_names
+
+
+class Signature:
+    """One operator with the specs of its operands and its constants: what to send, and what comes back.
+
+    Attributes:
+        template: What is sent.
+        outputs: A `TensorSpec` for a new tensor, an `int` for an operand that is returned, None for nothing; or None as a
+            whole if the worker must be asked.
+        structure: How the outputs are nested, None for a single one.
+        changed: Operands whose metadata the operation changes, with their new specs.
+        nbytes: Bytes of the new tensors.
+    """
+
+    __slots__ = ("changed", "nbytes", "outputs", "structure", "template")
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.outputs: list[Any] | None = None
+        self.structure: Any = None
+        self.changed: list[tuple[int, TensorSpec]] = []
+        self.nbytes = 0
+
+
+_layouts: dict[Any, Layout] = {}
+_signatures: dict[tuple[Any, ...], Signature] = {}
+
+
+def layout_of(overload: OpOverload[Any, Any]) -> Layout:
+    """Return where the holes of an operator are.
+
+    Raises:
+        OperationNotAllowedError: No worker executes it.
+    """
+    found = _layouts.get(overload)
+    if found is None:
+        found = _layouts[overload] = Layout(overload)
+    return found
+
+
+def signature_of(
+    key: tuple[Any, ...], layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: list[TensorSpec]
+) -> Signature:
+    """Return the signature of a call, from the cache if it was seen before.
+
+    Args:
+        key: Operator, specs and constants.
+        layout: The operator.
+        args: Arguments in which each tensor is `Hole.TENSOR` and each run-time number is itself.
+        kwargs: The same by name.
+        specs: The specs of the tensors, in order.
+
+    Raises:
+        Exception: What torch raises for such arguments, in its own words.
+    """
+    found = _signatures.get(key)
+    if found is None:
+        found = _infer(layout, args, kwargs, specs)
+        if len(_signatures) >= MAX_SIGNATURES:
+            del _signatures[next(iter(_signatures))]
+        _signatures[key] = found
+    return found
+
+
+def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: list[TensorSpec]) -> Signature:
+    operation = layout.operation
+    names = layout.run_time_names
+    wire_args = [encode_argument(_hole(a, i in layout.run_time)) for i, a in enumerate(args)]
+    wire_kwargs = {n: encode_argument(_hole(a, n in names)) for n, a in kwargs.items()}
+    signature = Signature(Template(operation, wire_args, wire_kwargs))
+    if operation.data_dependent and not _integer_index(operation, specs):
+        return signature
+    try:
+        tensors, result = _dry_run(operation, args, kwargs, specs, real=False)
+    except Exception as error:
+        if sum(_span(s) * s.dtype.itemsize for s in specs) > _REAL_BYTES or _needs_data(error):
+            return signature
+        # torch's own kernels say it in the words that users know. If they accept what inference refused, the worker decides.
+        _dry_run(operation, args, kwargs, specs, real=True)
+        return signature
+    flat, structure = pytree.tree_flatten(result)
+    signature.structure = None if isinstance(result, torch.Tensor) or result is None else structure
+    signature.outputs = []
+    for value in flat:
+        if not isinstance(value, torch.Tensor):
+            signature.outputs.append(None)
+            continue
+        same = next((i for i, t in enumerate(tensors) if t is value), None)
+        signature.outputs.append(spec_of(value) if same is None else same)
+        if same is None:
+            signature.nbytes += value.numel() * value.itemsize
+    if operation.written or operation.written_names:
+        signature.changed = [(i, spec_of(t)) for i, t in enumerate(tensors) if spec_of(t) is not specs[i]]
+    return signature
+
+
+def _hole(value: Any, run_time: bool) -> Any:
+    return Hole.SCALAR if run_time and isinstance(value, _NUMBERS) else value
+
+
+def _integer_index(operation: Operation, specs: list[TensorSpec]) -> bool:
+    # Only boolean masks make the shape of an indexing depend on data.
+    return operation.name.startswith(("aten::index.", "aten::_unsafe_index.")) and not any(
+        s.dtype in (torch.bool, torch.uint8) for s in specs[1:]
+    )
+
+
+def _needs_data(error: Exception) -> bool:
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+    )
+
+    wanted = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+    return isinstance(error, wanted)
+
+
+def _span(spec: TensorSpec) -> int:
+    if math.prod(spec.shape) == 0:
+        return 0
+    return spec.offset + 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
+
+
+def _dry_run(
+    operation: Operation, args: Sequence[Any], kwargs: dict[str, Any], specs: list[TensorSpec], *, real: bool
+) -> tuple[list[torch.Tensor], Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors: list[torch.Tensor] = []
+
+    def build() -> Any:
+        for spec in specs:
+            base = torch.zeros(_span(spec), dtype=spec.dtype)
+            tensor = base.as_strided(spec.shape, spec.stride, spec.offset)
+            if spec.conj:
+                tensor = torch._C._conj(tensor) if hasattr(torch._C, "_conj") else tensor.conj()
+            if spec.neg:
+                tensor = torch._neg_view(tensor)
+            tensors.append(tensor)
+        queue = iter(tensors)
+
+        def fill(value: Any) -> Any:
+            if value is Hole.TENSOR:
+                return next(queue)
+            if isinstance(value, list | tuple):
+                return [fill(item) for item in value]
+            return value
+
+        filled = [fill(a) for a in args]
+        return operation.overload(*filled, **{n: fill(a) for n, a in kwargs.items()})
+
+    with torch.no_grad():
+        if real:
+            return tensors, build()
+        with FakeTensorMode():
+            return tensors, build()

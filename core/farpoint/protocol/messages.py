@@ -1,0 +1,48 @@
+"""The table of message kinds. A message is a list whose first item is its kind.
+
+Commands go from the client of a session to its worker, answers the other way. `docs/protocol.md` describes the fields.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Kind(IntEnum):
+    """What a message asks or says."""
+
+    DEFINE = 1
+    """`slot, operation, args, kwargs`: keep a command template in a slot, in place of what was there."""
+    RUN = 2
+    """`slot, operands, scalars, results`: run a template; result ids are the client's choice, 0 discards."""
+    ASK = 3
+    """Like RUN, answered with the metadata of each result: for shapes that depend on data."""
+    PUT = 4
+    """`id, tensor, requires_grad, tags, description`: keep a tensor."""
+    LINK = 5
+    """`id, worker, url, target, spec, tags, description`: keep a pointer. Answered once its owner lists us as a holder."""
+    CLAIM = 6
+    """`id`: become a holder of an object. Answered."""
+    RELEASE = 7
+    """`ids`: give references up."""
+    FETCH = 8
+    """`id`: answered with the tensor, or with the pointer that is there."""
+    MOVE = 9
+    """`id, transfer, worker, url, new id, holder, leave pointer`: move the data end. Answered when it is there."""
+    SEARCH = 10
+    """`tags`: answered with ids."""
+    TAG = 11
+    """`id, tags, description`: write on an object."""
+    CLEAR = 12
+    """Drop every object of the worker. Answered."""
+    SYNC = 13
+    """`hops`: answered when everything before it has taken effect, here and where it was passed on to."""
+    DESCRIBE = 14
+    """`id`: answered with the metadata of the data end, tags and description."""
+    TRANSFER = 15
+    """`name, fields …`: a message of `farpoint.protocol.transfer`."""
+
+    ANSWER = 64
+    """`seq, value`: the answer to a command."""
+    FAILURE = 65
+    """`seq, error`: a command failed."""

@@ -1,0 +1,83 @@
+"""What a pointer knows of its tensor without asking: shape, strides, dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+
+from farpoint.errors import ProtocolError
+from farpoint.tensors import DTYPE_NAMES, DTYPES
+
+
+@attrs.frozen(eq=False)
+class TensorSpec:
+    """Metadata of a tensor. Specs are interned: equal ones are one object, so that they compare by identity.
+
+    Attributes:
+        shape: Sizes, in elements.
+        stride: Strides, in elements.
+        offset: Storage offset, in elements.
+        dtype: Element type.
+        conj: Whether the conj bit is set.
+        neg: Whether the neg bit is set.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    conj: bool = False
+    neg: bool = False
+
+    def to_wire(self) -> list[Any]:
+        """Return the spec as plain data."""
+        return [list(self.shape), list(self.stride), self.offset, DTYPE_NAMES[self.dtype], self.conj, self.neg]
+
+
+_interned: dict[tuple[Any, ...], TensorSpec] = {}
+
+
+def intern_spec(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    dtype: torch.dtype,
+    conj: bool = False,
+    neg: bool = False,
+) -> TensorSpec:
+    """Return the one spec of these values."""
+    key = (shape, stride, offset, dtype, conj, neg)
+    found = _interned.get(key)
+    if found is None:
+        found = _interned.setdefault(key, TensorSpec(*key))
+    return found
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """Return the spec of a strided tensor."""
+    return intern_spec(
+        tuple(tensor.shape),
+        tensor.stride(),
+        int(tensor.storage_offset()),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def spec_from_wire(wire: Any) -> TensorSpec:
+    """Return the spec that a peer claims.
+
+    Raises:
+        ProtocolError: It is not one.
+    """
+    try:
+        shape, stride, offset, dtype, conj, neg = wire
+        sizes = [*shape, *stride, offset]
+        if any(type(n) is not int or not 0 <= n <= 2**40 for n in sizes) or len(shape) != len(stride):
+            raise ValueError(wire)
+        return intern_spec(tuple(shape), tuple(stride), offset, DTYPES[dtype], bool(conj), bool(neg))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"not the metadata of a tensor: {str(wire)[:100]}") from error

@@ -1,0 +1,171 @@
+"""Command templates: the part of an operation that repeats, sent once and then named by its slot.
+
+A template is an operation with its arguments, in which each tensor and each run-time number is a hole. In plain data an
+argument is a list that begins with a tag: `["t"]` and `["s"]` are holes, `["c", value]` a constant,
+`["l", item …]` a list, and `["complex", re, im]`, `["dtype", name]`, `["layout", name]`, `["format", name]`, `["device"]` the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from farpoint.errors import EncodeError, ProtocolError
+from farpoint.limits import DEFAULT_LIMITS, Limits
+from farpoint.operations import Hole, Operation, check_arguments, lookup
+from farpoint.tensors import DTYPE_NAMES, DTYPES
+
+_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+    "preserve": torch.preserve_format,
+}
+_FORMAT_NAMES = {value: name for name, value in _FORMATS.items()}
+_CPU = torch.device("cpu")
+
+
+def encode_argument(value: Any) -> list[Any]:
+    """Return an argument, with `Hole`s in it, as plain data.
+
+    Raises:
+        EncodeError: It is of a kind that cannot travel.
+    """
+    if value is Hole.TENSOR:
+        return ["t"]
+    if value is Hole.SCALAR:
+        return ["s"]
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["c", value]
+    if isinstance(value, list | tuple):
+        return ["l", *(encode_argument(item) for item in value)]
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
+    if isinstance(value, torch.dtype) and value in DTYPE_NAMES:
+        return ["dtype", DTYPE_NAMES[value]]
+    if value is torch.strided:
+        return ["layout", "strided"]
+    if isinstance(value, torch.memory_format) and value in _FORMAT_NAMES:
+        return ["format", _FORMAT_NAMES[value]]
+    if isinstance(value, torch.device) and value.type == "cpu":
+        return ["device"]
+    raise EncodeError(f"{value!r} of type {type(value).__name__} cannot be an argument of a remote operation")
+
+
+def decode_argument(wire: Any) -> Any:
+    """Return the argument that `encode_argument` made this of.
+
+    Raises:
+        ProtocolError: It is none.
+    """
+    if not isinstance(wire, list) or not wire:
+        raise ProtocolError("an argument must be a list that begins with a tag")
+    tag, *rest = wire
+    try:
+        match tag, rest:
+            case "t", []:
+                return Hole.TENSOR
+            case "s", []:
+                return Hole.SCALAR
+            case "c", [bool() | int() | float() | str() | None as value]:
+                return value
+            case "l", items:
+                return [decode_argument(item) for item in items]
+            case "complex", [float() as real, float() as imaginary]:
+                return complex(real, imaginary)
+            case "dtype", [str() as name]:
+                return DTYPES[name]
+            case "layout", ["strided"]:
+                return torch.strided
+            case "format", [str() as name]:
+                return _FORMATS[name]
+            case "device", []:
+                return _CPU
+    except KeyError as error:
+        raise ProtocolError(f"unknown {tag} {error}") from error
+    raise ProtocolError(f"not an argument: {str(wire)[:100]}")
+
+
+class Template:
+    """An operation and its arguments with holes, checked once.
+
+    Args:
+        operation: What runs.
+        args: Positional arguments as plain data.
+        kwargs: Named arguments as plain data.
+
+    Attributes:
+        wire: What a DEFINE message carries of it.
+    """
+
+    __slots__ = ("_args", "_flat", "_kwargs", "operation", "wire")
+
+    def __init__(self, operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> None:
+        self.operation = operation
+        self.wire = [operation.name, args, kwargs]
+        self._args = [decode_argument(argument) for argument in args]
+        self._kwargs = {name: decode_argument(argument) for name, argument in kwargs.items()}
+        nested = any(isinstance(a, list) for a in (*self._args, *self._kwargs.values()))
+        # Almost every call has its holes at the top of its positional arguments: those are filled without a walk.
+        self._flat = (
+            [(i, a is Hole.TENSOR) for i, a in enumerate(self._args) if isinstance(a, Hole)]
+            if not nested and not any(isinstance(a, Hole) for a in self._kwargs.values())
+            else None
+        )
+
+    @classmethod
+    def from_wire(cls, name: Any, args: Any, kwargs: Any, limits: Limits = DEFAULT_LIMITS) -> Template:
+        """Return the template that a peer defines.
+
+        Raises:
+            OperationNotAllowedError: The operation is not in the table.
+            ProtocolError: Its arguments are not what its schema takes.
+        """
+        if not isinstance(name, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise ProtocolError("a template must be [name, args, kwargs]")
+        template = cls(lookup(name), args, kwargs)
+        check_arguments(template.operation, template._args, template._kwargs, limits)
+        return template
+
+    def fill(self, tensors: list[Any], scalars: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments with the holes filled, in order.
+
+        Raises:
+            ProtocolError: There are more or fewer values than holes.
+        """
+        try:
+            if self._flat is not None:
+                args = self._args.copy()
+                t = s = 0
+                for position, is_tensor in self._flat:
+                    if is_tensor:
+                        args[position] = tensors[t]
+                        t += 1
+                    else:
+                        args[position] = scalars[s]
+                        s += 1
+                if t == len(tensors) and s == len(scalars):
+                    return args, self._kwargs
+            else:
+                tensor_values, scalar_values = iter(tensors), iter(scalars)
+                args = [_fill(a, tensor_values, scalar_values) for a in self._args]
+                kwargs = {n: _fill(a, tensor_values, scalar_values) for n, a in self._kwargs.items()}
+                if next(tensor_values, None) is None and next(scalar_values, None) is None:
+                    return args, kwargs
+        except (IndexError, StopIteration):
+            pass
+        raise ProtocolError(f"{self.operation.name}: the values do not fit the holes of its template")
+
+
+def _fill(argument: Any, tensors: Any, scalars: Any) -> Any:
+    if argument is Hole.TENSOR:
+        return next(tensors)
+    if argument is Hole.SCALAR:
+        return next(scalars)
+    if isinstance(argument, list):
+        filled = []
+        for item in argument:  # not a comprehension: a StopIteration must stay one
+            filled.append(_fill(item, tensors, scalars))  # noqa: PERF401
+        return filled
+    return argument

@@ -1,0 +1,100 @@
+"""The pytest plugin of farpoint: one fixture, made of what is registered.
+
+A test that takes `farpoint_combination` runs once for each combination of transport, serializer and store.
+The options, or the variables, only narrow that down::
+
+    pytest --farpoint-transport virtual --farpoint-serializer msgpack,torch
+    FARPOINT_STORE=memory pytest
+
+A top-level module, because pytest imports it at each start: the package `farpoint` would bring torch along.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Sequence
+
+import attrs
+import pytest
+
+KINDS = ("transport", "serializer", "store")
+
+
+@attrs.frozen
+class Combination:
+    """The plugins that one run of a test uses.
+
+    Attributes:
+        transport: Name of a transport.
+        serializer: Name of a serializer.
+        store: Name of a store.
+    """
+
+    transport: str
+    serializer: str
+    store: str
+
+    def __str__(self) -> str:
+        return f"{self.transport}-{self.serializer}-{self.store}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that narrow the matrix down."""
+    group = parser.getgroup("farpoint")
+    for kind in KINDS:
+        group.addoption(
+            f"--farpoint-{kind}",
+            metavar="NAMES",
+            help=f"use only these {kind}s, separated by commas (default: FARPOINT_{kind.upper()}, else all)",
+        )
+
+
+def pytest_report_header() -> str:
+    """Say which farpoint is tested."""
+    try:
+        return f"farpoint: {importlib.metadata.version('farpoint')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "farpoint: not installed, only importable"
+
+
+@pytest.fixture(scope="session")
+def farpoint_combination(request: pytest.FixtureRequest) -> Combination:
+    """Return the transport, the serializer and the store to test with."""
+    combination: Combination = request.param
+    return combination
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what takes `farpoint_combination` once for each combination."""
+    if "farpoint_combination" not in metafunc.fixturenames:
+        return
+    from farpoint.plugins import plugins
+
+    registered = {
+        "transport": [record.name for record in plugins.transports()],
+        "serializer": plugins.serializer_names(),
+        "store": plugins.store_names(),
+    }
+    chosen = [_choose(metafunc.config, kind, registered[kind]) for kind in KINDS]
+    made = [Combination(*names) for names in itertools.product(*chosen)]
+    if made:
+        metafunc.parametrize("farpoint_combination", made, ids=str, indirect=True, scope="session")
+        return
+    missing = ", ".join(kind for kind in KINDS if not registered[kind])
+    skipped = pytest.param(None, marks=pytest.mark.skip(reason=f"no {missing} is registered"), id="none")
+    metafunc.parametrize("farpoint_combination", [skipped], indirect=True, scope="session")
+
+
+def _choose(config: pytest.Config, kind: str, registered: Sequence[str]) -> list[str]:
+    """Return the names to use; one that is asked for and not there is an error, never a silent skip."""
+    wanted: str | None = config.getoption(f"--farpoint-{kind}")
+    if wanted is None:
+        wanted = os.environ.get(f"FARPOINT_{kind.upper()}")
+    names = [name.strip() for name in (wanted or "").split(",") if name.strip()]
+    unknown = [name for name in names if name not in registered]
+    if unknown:
+        exists = ", ".join(registered) or "none"
+        raise pytest.UsageError(f"no {kind} {', '.join(unknown)} is registered (registered: {exists})")
+    return names or list(registered)

@@ -1,0 +1,56 @@
+"""The transports in this repository keep the contract that strangers' transports keep."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+import pytest
+from farpoint_virtual.transport import VirtualTransport
+
+from farpoint.errors import TransportError
+from farpoint.serializer import Frame
+from farpoint.testing.transport import Recorder, TransportContract, join
+from farpoint.transport import Transport
+
+
+class TestVirtual(TransportContract):
+    """Links within this process."""
+
+    @pytest.fixture
+    def transport(self) -> Transport:
+        return VirtualTransport()
+
+    @pytest.fixture
+    def url(self) -> str:
+        return f"virtual://{uuid.uuid4()}"
+
+    def test_who_listens_is_said(self, transport: Transport) -> None:
+        transport.listen("virtual://alice", lambda _: Recorder())
+        with pytest.raises(TransportError, match="virtual://alice"):
+            transport.connect("virtual://bob", Recorder())
+
+    def test_a_message_is_not_copied(self, transport: Transport, url: str) -> None:
+        seen: list[Sequence[Frame]] = []
+        far = Recorder()
+        far.received = seen.append  # type: ignore[method-assign]
+        link, _ = join(transport, url, Recorder(), far)
+        frames = [b"one", bytearray(b"two")]
+        link.write(frames)
+        assert seen[0] is frames
+
+    def test_a_receiver_that_raises_ends_the_link(self, transport: Transport, url: str) -> None:
+        error = ValueError("broken on purpose")
+
+        def fail(_: list[bytes]) -> None:
+            raise error
+
+        near, far = Recorder(), Recorder(fail)
+        ends = join(transport, url, near, far)
+        ends[0].write([b"x"])
+        assert near.losses == far.losses == [error]
+        for link in ends:
+            with pytest.raises(TransportError):
+                link.write([b"y"])
+            link.close()
+        assert near.losses == far.losses == [error]
