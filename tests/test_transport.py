@@ -6,12 +6,12 @@ import uuid
 from collections.abc import Sequence
 
 import pytest
-from farpoint_virtual.transport import VirtualTransport
 
 from farpoint.errors import TransportError
 from farpoint.serializer import Frame
 from farpoint.testing.transport import Recorder, TransportContract, join
 from farpoint.transport import Transport
+from farpoint_virtual.transport import VirtualTransport
 
 
 class TestVirtual(TransportContract):

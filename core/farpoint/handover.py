@@ -117,6 +117,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     peer, workers = reference.peer, pointer._route.workers
     pointer._route.order()
     answer = peer.request([int(Kind.FETCH), reference.id])
+    peer.raise_orphan()
     wants_grad = bool(pointer.requires_grad and pointer.is_leaf)
     grad = pointer.grad if pointer.is_leaf else None
     result: torch.Tensor

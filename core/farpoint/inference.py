@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_SIGNATURES = 16_384
 _REAL_BYTES = 64 * 2**20
+_SMALL_BYTES = 64 * 2**10
 _NUMBERS = (bool, int, float, complex)
 
 
@@ -106,14 +108,25 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     signature = Signature(Template(operation, wire_args, wire_kwargs))
     if operation.data_dependent and not _integer_index(operation, specs):
         return signature
+    size = sum(_span(s) * s.dtype.itemsize for s in specs)
     try:
         tensors, result = _dry_run(operation, args, kwargs, specs, real=False)
     except Exception as error:
-        if sum(_span(s) * s.dtype.itemsize for s in specs) > _REAL_BYTES or _needs_data(error):
+        if size > _REAL_BYTES or _needs_data(error):
             return signature
         # torch's own kernels say it in the words that users know. If they accept what inference refused, the worker decides.
         _dry_run(operation, args, kwargs, specs, real=True)
         return signature
+    if size <= _SMALL_BYTES and not operation.random:
+        # Inference does not know which dtypes the kernels lack; they say it themselves. Whatever else zeros provoke is
+        # about values, which are not the worker's.
+        try:
+            _dry_run(operation, args, kwargs, specs, real=True)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            if "not implemented for" in str(error):
+                raise
     flat, structure = pytree.tree_flatten(result)
     signature.structure = None if isinstance(result, torch.Tensor) or result is None else structure
     signature.outputs = []
@@ -189,5 +202,11 @@ def _dry_run(
     with torch.no_grad():
         if real:
             return tensors, build()
-        with FakeTensorMode():
-            return tensors, build()
+        # What inference refuses is asked again of the kernels; its log of each refusal would only disturb.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        log.disabled = True
+        try:
+            with FakeTensorMode():
+                return tensors, build()
+        finally:
+            log.disabled = False

@@ -72,6 +72,7 @@ class Movers:
                     worker.store[object_id] = worker.store.pop(arrived)
                     worker.holders.release(LOCAL, arrived)
                     worker.store.annotate(object_id, note)
+                    worker.dirty.add(peer)
                     guest.answer(number, True)
             else:
                 there = worker.peer(destination, url)
@@ -121,8 +122,7 @@ class Movers:
         def done() -> None:
             if leave:
                 worker.store[object_id] = StoredPointer(worker.id, object_id, there.refer(new_id), None)
-            else:
-                worker.release(guest.holder, object_id)
+            # Otherwise the mover gives its reference up itself: it may have pinned it for a hand-over.
             guest.answer(number, True)
 
         if destination == worker.id:

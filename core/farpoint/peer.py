@@ -70,6 +70,7 @@ class Peer:
         self.session_id = secrets.randbits(62) + 1
         self.dropped: deque[int] = deque()
         self.pending: dict[int, Reply] = {}
+        self.orphans: deque[int] = deque()
         self._ids = count(secrets.randbits(61) + 2**61)
         self._counts: dict[int, int] = {}
         self._slots: dict[int, tuple[int, Template]] = {}
@@ -209,6 +210,14 @@ class Peer:
             raise self.error(reply.error)
         return reply.value
 
+    def raise_orphan(self) -> None:
+        """Raise the first error of a command that had no result to carry it, and that nobody has seen yet."""
+        while self.orphans:
+            error, seen = self.owner.failures[self.orphans[0]]
+            self.owner.failures[self.orphans.popleft()] = (error, True)
+            if not seen:
+                raise error
+
     def request(self, message: list[Any]) -> Any:
         """Issue a command and wait for its answer."""
         return self.wait(self.ask(message))
@@ -270,6 +279,8 @@ class Peer:
         if failure["uid"] not in self.owner.failures:
             where = f"{code.co_filename}:{line}" if code is not None else ""
             self.owner.failures[failure["uid"]] = (revive_failure(failure, where), False)
+            if failure.get("orphan"):
+                self.orphans.append(failure["uid"])
 
     def _after(self) -> None:
         self.owner.settle()

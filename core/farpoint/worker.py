@@ -226,11 +226,12 @@ class Worker:
         return describe_failure(error, self.id, operation, expose=self.expose_tracebacks)
 
     def _poison(self, guest: Guest, number: int, failure: dict[str, Any], results: Any) -> None:
-        for result in results if isinstance(results, list) else []:
-            if type(result) is int and result and result not in self.store:
-                self.poisoned[result] = failure
-                self.holders.create(guest.holder, result)
-        guest.fail(number, failure)
+        new = [r for r in results if type(r) is int and r and r not in self.store] if isinstance(results, list) else []
+        for result in new:
+            self.poisoned[result] = failure
+            self.holders.create(guest.holder, result)
+        # An operation in place, or a check, has no result that could carry its error.
+        guest.fail(number, {**failure, "orphan": not new})
 
     def _define(self, guest: Guest, number: int, message: list[Any]) -> None:
         _, slot, name, args, kwargs = message

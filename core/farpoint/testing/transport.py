@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ class TransportContract:
         for end, other in zip(ends, (far, near), strict=True):
             for message in sent:
                 end.write(message)
-            eventually(lambda other=other: len(other.messages) >= len(sent))
+            eventually(partial(_holds, other, len(sent)))
             assert other.messages == [[bytes(frame) for frame in message] for message in sent]
         ends[0].close()
 
@@ -151,7 +152,7 @@ class TransportContract:
         for thread in threads:
             thread.start()
         for recorder in (near, far):
-            eventually(lambda recorder=recorder: len(recorder.messages) >= 1500)
+            eventually(partial(_holds, recorder, 1500))
         for thread in threads:
             thread.join(PATIENCE)
             assert not thread.is_alive()
@@ -302,3 +303,7 @@ class TransportContract:
         for link in links:
             link.close()
         listener.close()
+
+
+def _holds(recorder: Recorder, count: int) -> bool:
+    return len(recorder.messages) >= count
