@@ -17,6 +17,7 @@ from farpoint.route import route_of
 from farpoint.spec import spec_from_wire, spec_of
 from farpoint.store import NO_ANNOTATION, Annotation
 from farpoint.tensors import dense
+from farpoint.worker import Worker
 
 _NOTES = "_farpoint_annotation"
 _LARGE = 2**20
@@ -156,7 +157,7 @@ def _restride(value: torch.Tensor, spec: Any) -> torch.Tensor:
     return value.new_empty(0).new_empty_strided(spec.shape, spec.stride).copy_(value)
 
 
-def move(pointer: torch.Tensor, worker: RemoteWorker | str) -> torch.Tensor:
+def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Tensor:
     """Move the data at the end of a chain to a worker, straight from where it is.
 
     The call returns when the worker has it. The pointer is spent, unless the data was there already.
@@ -165,7 +166,7 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | str) -> torch.Tensor:
         WorkerNotFoundError: Nobody of that name is known.
         FarpointError: It could not be moved; then it is where it was, and the pointer is valid.
     """
-    if worker == "me" or worker is me():
+    if worker == "me" or isinstance(worker, Worker):
         return _bring_home(pointer)
     target = resolve(worker)
     if not isinstance(pointer, PointerTensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.utils import _pytree as pytree
@@ -71,7 +71,7 @@ class PointerTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks cls and func
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         try:
@@ -80,15 +80,16 @@ class PointerTensor(torch.Tensor):
             # torch would turn it into NotImplemented below a dunder, and `p == x` into False.
             raise RemoteExecutionError("me", str(func), "TypeError", str(error)) from error
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         gate.check_live(self)
         text = f"{describe(self)}, shape={tuple(self._spec.shape)}, dtype={self._spec.dtype}"
-        return f"{text}, requires_grad=True" if torch._C.TensorBase.requires_grad.__get__(self) else text
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"{text}, requires_grad=True" if self.requires_grad else text
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise gate.not_here(self, "pickling")
 
-    def __enter__(self) -> PointerTensor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -151,13 +152,15 @@ class PointerTensor(torch.Tensor):
         """Write tags on the remote object, in place of its present ones."""
         from farpoint.handover import annotate
 
-        return annotate(self, tags=tags)
+        annotate(self, tags=tags)
+        return self
 
     def describe(self, description: str) -> PointerTensor:
         """Write a description on the remote object."""
         from farpoint.handover import annotate
 
-        return annotate(self, description=description)
+        annotate(self, description=description)
+        return self
 
 
 def describe(pointer: PointerTensor) -> str:

@@ -46,7 +46,7 @@ def _report() -> None:
         handle.flush()
     unseen = [error for error, looked_at in me().failures.values() if not looked_at]
     for error in unseen:
-        print(f"farpoint: an error that nobody looked at: {error}", file=sys.stderr)
+        sys.stderr.write(f"farpoint: an error that nobody looked at: {error}\n")
 
 
 def resolve(worker: RemoteWorker | str) -> RemoteWorker:
@@ -172,7 +172,7 @@ class VirtualWorker(RemoteWorker):
     def __init__(
         self,
         hook: TorchHook | None = None,
-        id: str = "worker",  # noqa: A002  # the name that users of this field know
+        id: str = "worker",  # the name that users of this field know
         *,
         serializer: str | None = None,
         store: str | None = None,

@@ -205,7 +205,11 @@ class TransportContract:
     def test_frames_may_be_reused(self, transport: Transport, url: str) -> None:
         """What a writer does to its memory after `write` changes no message, also one that has to wait."""
         gate = threading.Event()
-        far = Recorder(lambda _: None if gate.wait(PATIENCE) else None)
+
+        def hold(_: list[bytes]) -> None:
+            gate.wait(PATIENCE)
+
+        far = Recorder(hold)
         link, _ = join(transport, url, Recorder(), far)
         # The first writer may have to wait for its receiver, so it is a thread of its own.
         first = threading.Thread(target=link.write, args=([b"first"],), daemon=True)
