@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 from farpoint.operations import UNINITIALISED, check_operands, check_scalar
 from farpoint.template import Template
@@ -31,17 +28,14 @@ def execute(template: Template, tensors: list[Any], scalars: list[Any]) -> Any:
             check_scalar(operation, scalar)
     args, kwargs = template.fill(tensors, scalars)
     check_operands(operation, tensors, args, kwargs)
-    with torch.no_grad():
-        result = operation.overload(*args, **kwargs)
+    result = operation.overload(*args, **kwargs)
     if operation.name in UNINITIALISED:
         result.untyped_storage().fill_(0)
     return result
 
 
-def leaves(result: Any) -> Iterator[Any]:
-    """Yield the values of a result in order, out of tuples and lists."""
+def leaves(result: Any) -> list[Any]:
+    """Return the values of a result in order, out of tuples and lists."""
     if isinstance(result, tuple | list):
-        for item in result:
-            yield from leaves(item)
-    else:
-        yield result
+        return [leaf for item in result for leaf in leaves(item)]
+    return [result]

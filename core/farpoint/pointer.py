@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _make = torch.Tensor._make_wrapper_subclass
 _PACKAGES = ("/torch/", "/farpoint/")
+_ours: dict[Any, bool] = {}
 
 
 class PointerTensor(torch.Tensor):
@@ -182,9 +183,12 @@ def user_line() -> tuple[Any, int]:
     """Return code and line of the nearest caller that is neither torch nor farpoint."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not any(package in name for package in _PACKAGES):
-            return frame.f_code, frame.f_lineno
+        code = frame.f_code
+        ours = _ours.get(code)
+        if ours is None:
+            ours = _ours[code] = any(package in code.co_filename for package in _PACKAGES)
+        if not ours:
+            return code, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None, 0
 
@@ -195,7 +199,6 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         raise gate.not_here(args[0] if isinstance(args[0], PointerTensor) else args[1], f"{func}")
     layout = layout_of(func)
     key: list[Any] = [func]
-    pointers: list[PointerTensor] = []
     operands: list[Any] = []
     tensors: list[Any] = []
     specs: list[TensorSpec] = []
@@ -252,7 +255,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         named[name] = take(value, name in layout.run_time_names)
     if route is None:
         raise NotColocatedError(str(func), "here", "nowhere", "p.get()")
-    _refuse_local_writes(func, layout.operation, args, kwargs)
+    if layout.operation.written_names:
+        _refuse_local_writes(func, layout.operation, args, kwargs)
     signature = signature_of(tuple(key), layout, holed, named, specs)
     peer = route.peer
     route.order()
@@ -263,8 +267,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     peer.run(signature.template, operands, scalars, results, code, line)
     peer.account(signature.nbytes)
     for position, spec in signature.changed:
-        pointers = tensors
-        _respec(pointers[position], spec)
+        tensors[position]._spec = spec
     if signature.changed:
         _change_metadata(func, args, kwargs)
     values: list[Any] = []
@@ -279,8 +282,6 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _refuse_local_writes(func: Any, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    if not operation.written and not operation.written_names:
-        return
     written = [args[i] for i in operation.written if i < len(args)]
     written += [kwargs[name] for name in operation.written_names if name in kwargs]
     for value in pytree.tree_leaves(written):
@@ -288,10 +289,6 @@ def _refuse_local_writes(func: Any, operation: Any, args: Sequence[Any], kwargs:
             raise NotColocatedError(
                 str(func), "a local tensor that would be written to", "a pointer", "send the local tensor first"
             )
-
-
-def _respec(pointer: Any, spec: TensorSpec) -> None:
-    pointer._spec = spec
 
 
 def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -128,6 +128,12 @@ class PluginManager:
         """Return the records of all operator namespaces besides torch's own."""
         return list(self._registry("operator").values())
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether any plugin answers `farpoint_authorize`."""
+        self._load()
+        return self._authorizers
+
     def authorize(self, action: str, subject: str, object_id: int) -> str | None:
         """Return why an action is refused, or None if it is permitted."""
         self._load()
