@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from farpoint.peer import Reference
 
 _make = torch.Tensor._make_wrapper_subclass
-_PACKAGES = ("/torch/", "/farpoint/")
+# Whole directories, not names: a user's own folder may be called farpoint too.
+_PACKAGES = tuple(str(Path(package).parent) + os.sep for package in (torch.__file__, __file__))
 _ours: dict[Any, bool] = {}
 
 
@@ -186,7 +189,7 @@ def user_line() -> tuple[Any, int]:
         code = frame.f_code
         ours = _ours.get(code)
         if ours is None:
-            ours = _ours[code] = any(package in code.co_filename for package in _PACKAGES)
+            ours = _ours[code] = code.co_filename.startswith(_PACKAGES)
         if not ours:
             return code, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]

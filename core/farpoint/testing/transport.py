@@ -33,7 +33,7 @@ class Recorder:
         react: Called with each message while it is being received.
     """
 
-    def __init__(self, react: Callable[[list[bytes]], None] = lambda _: None) -> None:
+    def __init__(self, react: Callable[[list[bytes]], object] = lambda _: None) -> None:
         self.messages: list[list[bytes]] = []
         self.losses: list[Exception | None] = []
         self.late = 0
