@@ -46,15 +46,14 @@ class Channel:
         self.serializer = serializer
 
     def submit(self, message: list[Any]) -> int:
-        """Take a message for the next packet and return its number.
+        """Take a message for the next packet and return its number. Called with the lock held.
 
         Raises:
             WorkerLostError: The link is gone.
         """
-        with self.lock:
-            if self.lost is not None:
-                raise WorkerLostError(self.name, str(self.lost))
-            return self.session.submit(message)
+        if self.lost is not None:
+            raise WorkerLostError(self.name, str(self.lost))
+        return self.session.submit(message)
 
     def flush(self) -> None:
         """Send what is waiting."""

@@ -8,27 +8,27 @@ from farpoint.operations import UNINITIALISED, check_operands, check_scalar
 from farpoint.template import Template
 
 
-def execute(template: Template, tensors: list[Any], scalars: list[Any]) -> Any:
+def execute(template: Template, values: list[Any]) -> Any:
     """Return what the operation returns.
 
     Args:
         template: The operation, checked when it was defined.
-        tensors: A value for each tensor hole, in order.
-        scalars: A number for each number hole.
+        values: What fills its holes: tensors, and numbers that are not checked yet.
 
     Raises:
         ProtocolError: The values do not fit the template.
         Exception: Whatever torch raises.
     """
     operation = template.operation
-    for position, scalar in enumerate(scalars):
-        if isinstance(scalar, list):  # a complex number travels as its two parts
-            scalars = [*scalars[:position], complex(*scalar), *scalars[position + 1 :]]
+    for hole in template.numbers:
+        number = values[hole]
+        if type(number) is list:  # a complex number travels as its two parts
+            values[hole] = complex(*number)
         else:
-            check_scalar(operation, scalar)
-    args, kwargs = template.fill(tensors, scalars)
-    check_operands(operation, tensors, args, kwargs)
-    result = operation.overload(*args, **kwargs)
+            check_scalar(operation, number)
+    args, kwargs = template.fill(values)
+    check_operands(operation, values, args, kwargs)
+    result = operation.call(*args, **kwargs)
     if operation.name in UNINITIALISED:
         result.untyped_storage().fill_(0)
     return result
@@ -36,6 +36,6 @@ def execute(template: Template, tensors: list[Any], scalars: list[Any]) -> Any:
 
 def leaves(result: Any) -> list[Any]:
     """Return the values of a result in order, out of tuples and lists."""
-    if isinstance(result, tuple | list):
-        return [leaf for item in result for leaf in leaves(item)]
-    return [result]
+    if type(result) is not tuple and type(result) is not list:
+        return [result]
+    return [leaf for item in result for leaf in leaves(item)]

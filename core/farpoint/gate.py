@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +44,17 @@ _REFUSED: dict[Any, str] = {
     }.items()
 }
 _PLAIN = frozenset({int, float, bool, str, type(None), complex, torch.dtype, torch.Size, slice})
+_CONTAINERS = frozenset({list, tuple, dict})
 
 
-def check(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+def check(pointers: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
     """Check a call of the user's before torch sees it.
+
+    Args:
+        pointers: The class of pointers.
+        func: What is called.
+        args: Its positional arguments.
+        kwargs: Its arguments by name.
 
     Raises:
         PointerSpentError: One of its pointers is spent.
@@ -56,32 +63,41 @@ def check(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     """
     first: Any = None
     local: Any = None
-    pending = [args, kwargs.values()] if kwargs else [args]
+    values: Iterable[Any] = _tensors(args, kwargs) if kwargs else args
+    for value in values:
+        if type(value) is pointers:
+            if first is None:
+                first = value
+                if value._route is SPENT:
+                    check_live(value)
+            elif value._route is not first._route:
+                check_live(value)
+                raise elsewhere(func, first, value)
+        elif type(value) in _PLAIN:
+            continue
+        elif type(value) in _CONTAINERS:
+            check(pointers, func, tuple(_tensors(args, kwargs)), None)
+            return
+        elif isinstance(value, torch.Tensor) and value.ndim and local is None:
+            local = value
+    if first is None:
+        return
+    if func in _REFUSED:
+        raise not_here(first, _REFUSED[func])
+    if local is not None:
+        workers = first._route.workers
+        name = getattr(func, "__name__", str(func))
+        raise NotColocatedError(name, f"on {workers[-1]}", "a local tensor", f"send it there with x.send({workers[0]})")
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[torch.Tensor]:
+    pending: list[Any] = [args, kwargs.values()] if kwargs else [args]
     for values in pending:
         for value in values:
-            kind = type(value)
-            if kind in _PLAIN:
-                continue
-            if kind is list or kind is tuple:
-                pending.append(value)
-            elif kind is dict:
-                pending.append(value.values())
-            elif hasattr(value, "_route"):
-                if first is None:
-                    first = value
-                    check_live(value)
-                elif value._route is not first._route:
-                    check_live(value)
-                    raise elsewhere(func, first, value)
-            elif isinstance(value, torch.Tensor) and value.ndim and local is None:
-                local = value
-    refused = _REFUSED.get(func)
-    if refused is not None and first is not None:
-        raise not_here(first, refused)
-    if local is not None and first is not None:
-        end = first._route.workers[-1]
-        name = getattr(func, "__name__", str(func))
-        raise NotColocatedError(name, f"on {end}", "a local tensor", f"send it there with x.send({first._route.workers[0]})")
+            if type(value) in _CONTAINERS:
+                pending.append(value.values() if type(value) is dict else value)
+            elif isinstance(value, torch.Tensor):
+                yield value
 
 
 def check_live(pointer: PointerTensor) -> Reference:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farpoint.channel import Channel
@@ -39,7 +40,7 @@ class Guest:
         self.templates: dict[int, Template] = {}
         self._link = link
         self._greeted = False
-        self.channel = Channel("a client", self._deliver, self._after)
+        self.channel = Channel("a client", partial(worker.execute, self), self._after)
 
     def received(self, frames: Sequence[Frame]) -> None:
         """Take a message from the link: the greeting, then packets."""
@@ -88,9 +89,10 @@ class Guest:
         self._say([int(Kind.FAILURE), number, failure])
 
     def _say(self, message: list[Any]) -> None:
-        if self.channel.lost is None:
-            self.channel.submit(message)
-            self.worker.dirty.add(self)
+        with self.channel.lock:
+            if self.channel.lost is None:
+                self.channel.submit(message)
+                self.worker.dirty.add(self)
 
     def flush(self) -> None:
         """Send what is waiting."""
@@ -99,9 +101,6 @@ class Guest:
     def close(self) -> None:
         """End the link."""
         self._link.close()
-
-    def _deliver(self, number: int, message: list[Any]) -> None:
-        self.worker.execute(self, number, message)
 
     def _after(self) -> None:
         self.worker.dirty.add(self)

@@ -10,8 +10,9 @@ import torch
 
 from farpoint import gate
 from farpoint.errors import PointerError
-from farpoint.pointer import PointerTensor, spend, user_line
+from farpoint.pointer import PointerTensor, spend
 from farpoint.protocol.messages import Kind
+from farpoint.provenance import caller
 from farpoint.remote import RemoteWorker, me, resolve
 from farpoint.route import route_of
 from farpoint.spec import spec_from_wire, spec_of
@@ -71,7 +72,6 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
     wants_grad = tensor.requires_grad if requires_grad is None else requires_grad
     note = note_of(tensor)
     about = [sorted(note.tags), note.description]
-    code, line = user_line()
     if isinstance(tensor, PointerTensor):
         reference = gate.check_live(tensor)
         # A pointer leaves only when what it points at is known to exist.
@@ -90,7 +90,7 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         route, spec = route_of(peer), spec_of(plain)
         route.order()
         object_id = peer.new_id()
-        peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], code, line)
+        peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller())
         if plain.numel() * plain.itemsize >= _LARGE:
             peer.flush()
     pointer = PointerTensor.wrap(route, peer.refer(object_id), spec, bool(wants_grad))

@@ -15,18 +15,19 @@ from farpoint.spec import TensorSpec, spec_of
 from farpoint.template import Template, encode_argument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 MAX_SIGNATURES = 16_384
 _REAL_BYTES = 64 * 2**20
 _SMALL_BYTES = 64 * 2**10
 _NUMBERS = (bool, int, float, complex)
+_VALUES = frozenset({"aten::_local_scalar_dense.default", "aten::equal.default"})
 
 
 class Layout:
-    """Where the holes of an operator's arguments are."""
+    """Where the holes of an operator's arguments are, and whether it returns a value rather than tensors."""
 
-    __slots__ = ("operation", "run_time", "run_time_names")
+    __slots__ = ("needs_value", "operation", "run_time", "run_time_names")
 
     def __init__(self, overload: OpOverload[Any, Any]) -> None:
         self.operation: Operation = of(overload)
@@ -36,6 +37,7 @@ class Layout:
             i for i, a in enumerate(arguments) if str(a.type) == "Tensor" and not a.kwarg_only
         }
         self.run_time_names = self.operation.scalar_names
+        self.needs_value = self.operation.name in _VALUES
 
 
 class Signature:
@@ -47,20 +49,22 @@ class Signature:
             whole if the worker must be asked.
         structure: How the outputs are nested, None for a single one.
         changed: Operands whose metadata the operation changes, with their new specs.
+        only: The spec of the one new tensor, if that is all there is, as it is for almost every operation.
         nbytes: Bytes of the new tensors.
     """
 
-    __slots__ = ("changed", "nbytes", "outputs", "structure", "template")
+    __slots__ = ("changed", "nbytes", "only", "outputs", "structure", "template")
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self.outputs: list[Any] | None = None
         self.structure: Any = None
         self.changed: list[tuple[int, TensorSpec]] = []
+        self.only: TensorSpec | None = None
         self.nbytes = 0
 
 
-_layouts: dict[Any, Layout] = {}
+_layouts: dict[int, Layout] = {}
 _signatures: dict[tuple[Any, ...], Signature] = {}
 
 
@@ -70,34 +74,44 @@ def layout_of(overload: OpOverload[Any, Any]) -> Layout:
     Raises:
         OperationNotAllowedError: No worker executes it.
     """
-    found = _layouts.get(overload)
+    # By identity, which the layout keeps alive: the hash of an overload is written in Python.
+    found = _layouts.get(id(overload))
     if found is None:
-        found = _layouts[overload] = Layout(overload)
+        found = _layouts[id(overload)] = Layout(overload)
     return found
 
 
 def signature_of(
-    key: tuple[Any, ...], layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: list[TensorSpec]
+    key: tuple[Any, ...], layout: Layout, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]
 ) -> Signature:
     """Return the signature of a call, from the cache if it was seen before.
 
     Args:
-        key: Operator, specs and constants.
+        key: Layout of the operator, specs and constants.
         layout: The operator.
-        args: Arguments in which each tensor is `Hole.TENSOR` and each run-time number is itself.
-        kwargs: The same by name.
-        specs: The specs of the tensors, in order.
+        args: Its positional arguments.
+        kwargs: Its arguments by name.
+        tensors: The tensors among them, in order.
 
     Raises:
         Exception: What torch raises for such arguments, in its own words.
     """
     found = _signatures.get(key)
     if found is None:
-        found = _infer(layout, args, kwargs, specs)
+        specs: list[TensorSpec] = [t._spec if hasattr(t, "_spec") else spec_of(t) for t in tensors]
+        holed = [_empty(a) for a in args]
+        named = {name: _empty(a) for name, a in kwargs.items()}
+        found = _infer(layout, holed, named, specs)
         if len(_signatures) >= MAX_SIGNATURES:
             del _signatures[next(iter(_signatures))]
         _signatures[key] = found
     return found
+
+
+def _empty(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Hole.TENSOR
+    return [_empty(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: list[TensorSpec]) -> Signature:
@@ -138,6 +152,9 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         signature.outputs.append(spec_of(value) if same is None else same)
         if same is None:
             signature.nbytes += value.numel() * value.itemsize
+    if signature.structure is None and len(signature.outputs) == 1 and not operation.written_names:
+        (only,) = signature.outputs
+        signature.only = only if isinstance(only, TensorSpec) else None
     if operation.written or operation.written_names:
         signature.changed = [(i, spec_of(t)) for i, t in enumerate(tensors) if spec_of(t) is not specs[i]]
     return signature

@@ -17,6 +17,7 @@ from farpoint.limits import DEFAULT_LIMITS
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
+from farpoint.provenance import NOWHERE, Place, spell
 from farpoint.serializer import Frame
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Peer:
         self._ids = count(secrets.randbits(61) + 2**61)
         self._counts: dict[int, int] = {}
         self._slots: dict[int, tuple[int, Template]] = {}
-        self._issued: deque[tuple[int, Any, int]] = deque(maxlen=2 * DEFAULT_LIMITS.commands_in_flight)
+        self._issued: deque[tuple[int, Any]] = deque(maxlen=2 * DEFAULT_LIMITS.commands_in_flight)
         self._welcome = threading.Event()
         self._refusal: str = ""
         self._promised = 0
@@ -136,27 +137,28 @@ class Peer:
     def run(
         self,
         template: Template,
-        operands: list[Any],
-        scalars: list[Any],
+        values: list[Any],
         results: list[int],
-        code: Any = None,
-        line: int = 0,
+        origin: Place | Callable[[dict[str, Any]], None] = NOWHERE,
+        nbytes: int = 0,
     ) -> None:
-        """Issue an operation. Nothing waits."""
-        channel = self.channel
-        with channel.lock:
-            slot = self.slot(template)
-            number = channel.submit([RUN, slot, operands, scalars, results])
-            self._issued.append((number, code, line))
-            due = channel.session.waiting >= BATCH
-        if due:
-            self.flush()
+        """Issue an operation. Nothing waits.
 
-    def account(self, nbytes: int) -> None:
-        """Count bytes that results will take there, and send early when they add up: releases must not wait for a full batch."""
-        self._promised += nbytes
-        if self._promised > PROMISED_BYTES:
-            self._promised = 0
+        Args:
+            template: What runs.
+            values: What fills its holes, in order: ids, small tensors and numbers.
+            results: Ids for what it returns.
+            origin: Where it comes from; or whom to tell of a failure, if it was passed on.
+            nbytes: Bytes that the results take there. When they add up the batch is sent early: releases must not wait.
+        """
+        with self.channel.lock:
+            known = self._slots.get(id(template))
+            slot = known[0] if known is not None else self.slot(template)
+            number = self.channel.submit([RUN, slot, *values, *results])
+            self._issued.append((number, origin))
+            self._promised += nbytes
+            due = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
+        if due:
             self.flush()
 
     def slot(self, template: Template) -> int:
@@ -174,12 +176,10 @@ class Peer:
         self.channel.submit([DEFINE, slot, *template.wire])
         return slot
 
-    def tell(self, message: list[Any], code: Any = None, line: int = 0) -> int:
+    def tell(self, message: list[Any], origin: Place = NOWHERE) -> None:
         """Issue a command that is not answered."""
         with self.channel.lock:
-            number = self.channel.submit(message)
-            self._issued.append((number, code, line))
-        return number
+            self._issued.append((self.channel.submit(message), origin))
 
     def ask(
         self, message: list[Any], then: Callable[[Any], None] | None = None, keep: object = None
@@ -225,6 +225,7 @@ class Peer:
     def flush(self) -> None:
         """Send what is waiting, with the references that were given up."""
         with self.channel.lock:
+            self._promised = 0
             if self.channel.lost is None:
                 self._drop()
         self.channel.flush()
@@ -272,13 +273,12 @@ class Peer:
                 reply.done.set()
 
     def _note(self, about: int, failure: dict[str, Any]) -> None:
-        code, line = next(((c, n) for number, c, n in reversed(self._issued) if number == about), (None, 0))
-        if callable(code):  # a command that was passed on: whoever issued it is told instead
-            code(failure)
+        origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
+        if callable(origin):  # a command that was passed on: whoever issued it is told instead
+            origin(failure)
             return
         if failure["uid"] not in self.owner.failures:
-            where = f"{code.co_filename}:{line}" if code is not None else ""
-            self.owner.failures[failure["uid"]] = (revive_failure(failure, where), False)
+            self.owner.failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)
             if failure.get("orphan"):
                 self.orphans.append(failure["uid"])
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch.utils import _pytree as pytree
 
 from farpoint import gate
 from farpoint.errors import FarpointError, NotColocatedError, RemoteExecutionError
-from farpoint.inference import layout_of, signature_of
-from farpoint.operations import Hole
+from farpoint.inference import Layout, Signature, layout_of, signature_of
+from farpoint.peer import Reference
 from farpoint.protocol.messages import Kind
+from farpoint.provenance import caller, spell
 from farpoint.route import SPENT, Route
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
 
-if TYPE_CHECKING:
-    from farpoint.peer import Reference
-
 _make = torch.Tensor._make_wrapper_subclass
-# Whole directories, not names: a user's own folder may be called farpoint too.
-_PACKAGES = tuple(str(Path(package).parent) + os.sep for package in (torch.__file__, __file__))
-_ours: dict[Any, bool] = {}
 
 
 class PointerTensor(torch.Tensor):
@@ -50,13 +42,15 @@ class PointerTensor(torch.Tensor):
             spec: Metadata of the tensor.
             requires_grad: Whether autograd records what is done with it.
         """
-        pointer: PointerTensor = _make(
-            PointerTensor, spec.shape, spec.stride, spec.offset, dtype=spec.dtype, requires_grad=requires_grad
-        )
-        if spec.conj:
-            torch._C._set_conj(pointer, True)
-        if spec.neg:
-            torch._C._set_neg(pointer, True)
+        pointer: PointerTensor
+        if spec.compact:
+            pointer = _make(PointerTensor, spec.shape, dtype=spec.dtype, requires_grad=requires_grad)
+        else:
+            pointer = _make(
+                PointerTensor, spec.shape, spec.stride, spec.offset, dtype=spec.dtype, requires_grad=requires_grad
+            )
+            torch._C._set_conj(pointer, spec.conj)
+            torch._C._set_neg(pointer, spec.neg)
         pointer._route = route
         pointer._reference = reference
         pointer._spec = spec
@@ -70,9 +64,9 @@ class PointerTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        gate.check(func, args, kwargs)
+        gate.check(cls, func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks cls and func
@@ -176,107 +170,113 @@ def describe(pointer: PointerTensor) -> str:
 
 def spend(pointer: PointerTensor, how: str) -> None:
     """Take the reference of a pointer away; every later use says where that was."""
-    code, line = user_line()
-    pointer._spent = (describe(pointer), how, f"{code.co_filename}:{line}" if code else "an unknown place")
+    pointer._spent = (describe(pointer), how, spell(caller()) or "an unknown place")
     pointer._route = SPENT
     pointer._reference = None
 
 
-def user_line() -> tuple[Any, int]:
-    """Return code and line of the nearest caller that is neither torch nor farpoint."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        ours = _ours.get(code)
-        if ours is None:
-            ours = _ours[code] = code.co_filename.startswith(_PACKAGES)
-        if not ours:
-            return code, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
-    return None, 0
+class _Operands:
+    """What one call brings.
+
+    Attributes:
+        key: What its signature depends on.
+        tensors: Its tensors, in order.
+        values: What fills the holes of its template, in order: ids, and numbers.
+        route: Where the pointers among the tensors lead.
+    """
+
+    __slots__ = ("func", "key", "route", "tensors", "values")
+
+    def __init__(self, func: Any, layout: Layout) -> None:
+        self.func = func
+        self.key: list[Any] = [layout]
+        self.route: Route | None = None
+        self.tensors: list[Any] = []
+        self.values: list[Any] = []
+
+    def take(self, value: Any, run_time: bool) -> None:
+        """Take an argument.
+
+        Args:
+            value: What the operation was called with.
+            run_time: Whether a number in this place is a hole.
+        """
+        kind = type(value)
+        if kind is PointerTensor:
+            if value._route is not self.route:
+                self._join(value)
+            self.key.append(value._spec)
+            self.tensors.append(value)
+            self.values.append(value._reference.id)
+        elif kind is float or kind is int or kind is bool or kind is complex:
+            self.key.append(kind)
+            if not run_time:
+                self.key.append(value)
+            elif kind is complex:
+                self.values.append([value.real, value.imag])
+            else:
+                self.values.append(value)
+        elif value is None or kind is str:
+            self.key.append(value)
+        elif isinstance(value, list | tuple):
+            self.key.append("(")
+            for item in value:
+                self.take(item, run_time)
+            self.key.append(")")
+        elif isinstance(value, torch.Tensor):
+            self.key.append(spec_of(value))
+            self.tensors.append(value)
+            # Not the user's own argument, which the gate has seen: a constant of a formula, shipped along.
+            self.values.append(value.detach().clone().contiguous())
+        else:
+            self.key.append(value)
+
+    def _join(self, pointer: PointerTensor) -> None:
+        gate.check_live(pointer)
+        if self.route is not None:
+            raise gate.elsewhere(self.func, next(t for t in self.tensors if type(t) is PointerTensor), pointer)
+        self.route = pointer._route
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Issue one aten operation whose operands are pointers, and return pointers to its results."""
-    if func is torch.ops.aten._local_scalar_dense.default or func is torch.ops.aten.equal.default:
-        raise gate.not_here(args[0] if isinstance(args[0], PointerTensor) else args[1], f"{func}")
     layout = layout_of(func)
-    key: list[Any] = [func]
-    operands: list[Any] = []
-    tensors: list[Any] = []
-    specs: list[TensorSpec] = []
-    scalars: list[Any] = []
-    route: Route | None = None
-    holed: list[Any] = []
-
-    def take(value: Any, run_time: bool) -> Any:
-        nonlocal route
-        kind = type(value)
-        if kind is PointerTensor:
-            if value._route is not route:
-                if route is not None or value._route is SPENT:
-                    gate.check_live(value)
-                    raise gate.elsewhere(func, next(t for t in tensors if type(t) is PointerTensor), value)
-                route = value._route
-            key.append(value._spec)
-            specs.append(value._spec)
-            tensors.append(value)
-            operands.append(value._reference.id)
-            return Hole.TENSOR
-        if kind is float or kind is int or kind is bool or kind is complex:
-            key.append(kind)
-            if run_time:
-                scalars.append([value.real, value.imag] if kind is complex else value)
-            else:
-                key.append(value)
-            return value
-        if value is None or kind is str:
-            key.append(value)
-            return value
-        if isinstance(value, list | tuple):
-            key.append("(")
-            taken = [take(item, run_time) for item in value]
-            key.append(")")
-            return taken
-        if isinstance(value, torch.Tensor):
-            spec = spec_of(value)
-            key.append(spec)
-            specs.append(spec)
-            tensors.append(value)
-            # Not the user's own argument, which the gate has seen: a constant of a formula, shipped along.
-            operands.append(value.detach().clone().contiguous())
-            return Hole.TENSOR
-        key.append(value)
-        return value
-
+    operands = _Operands(func, layout)
     run_time = layout.run_time
     for position, value in enumerate(args):
-        holed.append(take(value, position in run_time))
-    named = {}
-    for name, value in kwargs.items():
-        key.append(name)
-        named[name] = take(value, name in layout.run_time_names)
+        operands.take(value, position in run_time)
+    if kwargs:
+        for name, value in kwargs.items():
+            operands.key.append(name)
+            operands.take(value, name in layout.run_time_names)
+    route, tensors = operands.route, operands.tensors
     if route is None:
         raise NotColocatedError(str(func), "here", "nowhere", "p.get()")
+    if layout.needs_value:
+        raise gate.not_here(next(t for t in tensors if type(t) is PointerTensor), str(func))
     if layout.operation.written_names:
         _refuse_local_writes(func, layout.operation, args, kwargs)
-    signature = signature_of(tuple(key), layout, holed, named, specs)
+    signature = signature_of(tuple(operands.key), layout, args, kwargs, tensors)
     peer = route.peer
     route.order()
-    code, line = user_line()
+    # Three frames need not be looked at: this one, __torch_dispatch__ and the function itself.
+    place = caller(3)
+    if signature.only is not None:
+        result = peer.new_id()
+        peer.run(signature.template, operands.values, [result], place, signature.nbytes)
+        return PointerTensor.wrap(route, Reference(peer, result), signature.only)
     if signature.outputs is None:
-        return _ask(func, route, signature, operands, scalars, code, line)
+        return _ask(func, route, signature, operands)
     results = [peer.new_id() if type(output) is TensorSpec else 0 for output in signature.outputs]
-    peer.run(signature.template, operands, scalars, results, code, line)
-    peer.account(signature.nbytes)
-    for position, spec in signature.changed:
-        tensors[position]._spec = spec
+    peer.run(signature.template, operands.values, results, place, signature.nbytes)
     if signature.changed:
+        for position, spec in signature.changed:
+            tensors[position]._spec = spec
         _change_metadata(func, args, kwargs)
     values: list[Any] = []
     for output, result in zip(signature.outputs, results, strict=True):
         if type(output) is TensorSpec:
-            values.append(PointerTensor.wrap(route, peer.refer(result), output))
+            values.append(PointerTensor.wrap(route, Reference(peer, result), output))
         else:
             values.append(None if output is None else tensors[output])
     if signature.structure is None:
@@ -301,9 +301,7 @@ def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         func(*args, **kwargs)
 
 
-def _ask(
-    func: Any, route: Route, signature: Any, operands: list[Any], scalars: list[Any], code: Any, line: int
-) -> Any:
+def _ask(func: Any, route: Route, signature: Signature, operands: _Operands) -> Any:
     peer = route.peer
     returns = func._schema.returns
     if any("[]" in str(r.type) or "List" in str(r.type) for r in returns):
@@ -312,7 +310,7 @@ def _ask(
     references = [peer.refer(result) for result in results]
     with peer.channel.lock:
         slot = peer.slot(signature.template)
-        reply = peer.ask([int(Kind.ASK), slot, operands, scalars, results])
+        reply = peer.ask([int(Kind.ASK), slot, *operands.values, *results])
     specs = [spec_from_wire(wire) for wire in peer.wait(reply)]
     values = [
         PointerTensor.wrap(route, reference, spec) for reference, spec in zip(references, specs, strict=True)

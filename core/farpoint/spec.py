@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import attrs
@@ -22,6 +24,7 @@ class TensorSpec:
         dtype: Element type.
         conj: Whether the conj bit is set.
         neg: Whether the neg bit is set.
+        compact: Whether shape and dtype say it all: contiguous from the start of its storage, no bit set.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +33,12 @@ class TensorSpec:
     dtype: torch.dtype
     conj: bool = False
     neg: bool = False
+    compact: bool = attrs.field(init=False)
+
+    @compact.default
+    def _is_compact(self) -> bool:
+        dense = tuple(accumulate(reversed((*self.shape[1:], 1)), mul))[::-1] if self.shape else ()
+        return self.stride == dense and not (self.offset or self.conj or self.neg)
 
     def to_wire(self) -> list[Any]:
         """Return the spec as plain data."""

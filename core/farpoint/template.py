@@ -7,6 +7,7 @@ argument is a list that begins with a tag: `["t"]` and `["s"]` are holes, `["c",
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,22 +98,25 @@ class Template:
 
     Attributes:
         wire: What a DEFINE message carries of it.
+        size: How many holes it has.
+        tensors: Which of them are for tensors.
+        numbers: Which are for numbers.
     """
 
-    __slots__ = ("_args", "_flat", "_kwargs", "operation", "wire")
+    __slots__ = ("_args", "_kwargs", "_positions", "numbers", "operation", "size", "tensors", "wire")
 
     def __init__(self, operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> None:
         self.operation = operation
         self.wire = [operation.name, args, kwargs]
         self._args = [decode_argument(argument) for argument in args]
         self._kwargs = {name: decode_argument(argument) for name, argument in kwargs.items()}
-        nested = any(isinstance(a, list) for a in (*self._args, *self._kwargs.values()))
+        holes = [*_holes(self._args), *_holes(list(self._kwargs.values()))]
+        self.size = len(holes)
+        self.tensors = [i for i, hole in enumerate(holes) if hole is Hole.TENSOR]
+        self.numbers = [i for i, hole in enumerate(holes) if hole is Hole.SCALAR]
         # Almost every call has its holes at the top of its positional arguments: those are filled without a walk.
-        self._flat = (
-            [(i, a is Hole.TENSOR) for i, a in enumerate(self._args) if isinstance(a, Hole)]
-            if not nested and not any(isinstance(a, Hole) for a in self._kwargs.values())
-            else None
-        )
+        positions = [i for i, argument in enumerate(self._args) if isinstance(argument, Hole)]
+        self._positions = positions if len(positions) == self.size else None
 
     @classmethod
     def from_wire(cls, name: Any, args: Any, kwargs: Any, limits: Limits = DEFAULT_LIMITS) -> Template:
@@ -128,44 +132,34 @@ class Template:
         check_arguments(template.operation, template._args, template._kwargs, limits)
         return template
 
-    def fill(self, tensors: list[Any], scalars: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+    def fill(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments with the holes filled, in order.
 
-        Raises:
-            ProtocolError: There are more or fewer values than holes.
+        Args:
+            values: One for each hole.
         """
-        try:
-            if self._flat is not None:
-                args = self._args.copy()
-                t = s = 0
-                for position, is_tensor in self._flat:
-                    if is_tensor:
-                        args[position] = tensors[t]
-                        t += 1
-                    else:
-                        args[position] = scalars[s]
-                        s += 1
-                if t == len(tensors) and s == len(scalars):
-                    return args, self._kwargs
-            else:
-                tensor_values, scalar_values = iter(tensors), iter(scalars)
-                args = [_fill(a, tensor_values, scalar_values) for a in self._args]
-                kwargs = {n: _fill(a, tensor_values, scalar_values) for n, a in self._kwargs.items()}
-                if next(tensor_values, None) is None and next(scalar_values, None) is None:
-                    return args, kwargs
-        except (IndexError, StopIteration):
-            pass
-        raise ProtocolError(f"{self.operation.name}: the values do not fit the holes of its template")
+        if self._positions is None:
+            queue = iter(values)
+            return [_fill(a, queue) for a in self._args], {n: _fill(a, queue) for n, a in self._kwargs.items()}
+        if len(self._args) == self.size:
+            return values, self._kwargs
+        args = self._args.copy()
+        for hole, position in enumerate(self._positions):
+            args[position] = values[hole]
+        return args, self._kwargs
 
 
-def _fill(argument: Any, tensors: Any, scalars: Any) -> Any:
-    if argument is Hole.TENSOR:
-        return next(tensors)
-    if argument is Hole.SCALAR:
-        return next(scalars)
-    if isinstance(argument, list):
-        filled = []
-        for item in argument:  # not a comprehension: a StopIteration must stay one
-            filled.append(_fill(item, tensors, scalars))  # noqa: PERF401
-        return filled
-    return argument
+def _holes(arguments: list[Any]) -> list[Hole]:
+    found: list[Hole] = []
+    for argument in arguments:
+        if isinstance(argument, Hole):
+            found.append(argument)
+        elif isinstance(argument, list):
+            found += _holes(argument)
+    return found
+
+
+def _fill(argument: Any, values: Iterator[Any]) -> Any:
+    if isinstance(argument, Hole):
+        return next(values)
+    return [_fill(item, values) for item in argument] if isinstance(argument, list) else argument

@@ -82,7 +82,7 @@ class Worker:
         self.expose_tracebacks = True
         self.movers = Movers(self)
         self._listener = plugins.transport(url).listen(url, self._accept) if url else None
-        self._commands: dict[int, Callable[[Guest, int, list[Any]], None]] = {
+        self._commands: dict[int, Callable[[Guest, int, list[Any]], object]] = {
             int(Kind.DEFINE): self._define,
             int(Kind.RUN): self._run,
             int(Kind.ASK): self._ask,
@@ -141,8 +141,11 @@ class Worker:
                     raise ProtocolError(f"message kind {message[0]!r} is unimplemented here")
                 command(guest, number, message)
             except Exception as error:
-                results = message[4] if message[0] in (Kind.RUN, Kind.ASK) and len(message) == 5 else []
-                self._poison(guest, number, self._describe_error(error, message, guest), results)
+                self._poison(guest, number, self._describe_error(error, message, guest), self._results(guest, message))
+
+    def _results(self, guest: Guest, message: list[Any]) -> list[int]:
+        template = guest.templates.get(message[1]) if message[0] in (Kind.RUN, Kind.ASK) else None
+        return message[2 + template.size :] if template is not None else []
 
     def settle(self) -> None:
         """Send what commands have left to be said. Called without the lock held."""
@@ -168,14 +171,13 @@ class Worker:
         Raises:
             ObjectNotFoundError: It does not hold it, or it is gone.
         """
-        if type(object_id) is not int or object_id not in guest.held:
-            raise ObjectNotFoundError(object_id if type(object_id) is int else 0, self.id)
-        if object_id in self.poisoned:
-            raise _Poisoned(self.poisoned[object_id])
-        try:
-            return self.store[object_id]
-        except KeyError:
-            raise ObjectNotFoundError(object_id, self.id) from None
+        if object_id in guest.held:
+            value = self.store.get(object_id)
+            if value is not None:
+                return value
+            if object_id in self.poisoned:
+                raise _Poisoned(self.poisoned[object_id])
+        raise ObjectNotFoundError(object_id if type(object_id) is int else 0, self.id)
 
     def add(self, holder: int, object_id: int, value: Any) -> None:
         """Store a new object for a holder.
@@ -185,7 +187,7 @@ class Worker:
         """
         if type(object_id) is not int or not 0 < object_id < 2**63:
             raise ProtocolError(f"{object_id!r} is no object id")
-        if object_id in self.store or object_id in self.poisoned:
+        if self.store.get(object_id) is not None or object_id in self.poisoned:
             raise ProtocolError(f"object {object_id} exists and is never overwritten")
         self.store[object_id] = value
         self.holders.create(holder, object_id)
@@ -197,8 +199,9 @@ class Worker:
 
     def _free(self, object_ids: list[int]) -> None:
         for object_id in object_ids:
-            self.poisoned.pop(object_id, None)
             gone = self.store.pop(object_id, None)
+            if gone is None:
+                self.poisoned.pop(object_id, None)
             if isinstance(gone, StoredPointer):
                 self.dirty.add(gone.reference.peer)
 
@@ -225,8 +228,8 @@ class Worker:
             operation = template.operation.name if template else Kind(message[0]).name
         return describe_failure(error, self.id, operation, expose=self.expose_tracebacks)
 
-    def _poison(self, guest: Guest, number: int, failure: dict[str, Any], results: Any) -> None:
-        new = [r for r in results if type(r) is int and r and r not in self.store] if isinstance(results, list) else []
+    def _poison(self, guest: Guest, number: int, failure: dict[str, Any], results: list[int]) -> None:
+        new = [r for r in results if type(r) is int and r and r not in self.store]
         for result in new:
             self.poisoned[result] = failure
             self.holders.create(guest.holder, result)
@@ -240,58 +243,71 @@ class Worker:
         guest.templates.pop(slot, None)
         guest.templates[slot] = Template.from_wire(name, args, kwargs)
 
-    def _run(self, guest: Guest, number: int, message: list[Any]) -> None:
-        _, slot, operands, scalars, results = message
-        template = guest.templates.get(slot)
+    def _run(self, guest: Guest, number: int, message: list[Any]) -> list[int]:
+        template = guest.templates.get(message[1])
         if template is None:
-            raise ProtocolError(f"no template is defined in slot {slot}")
-        values = [o if isinstance(o, torch.Tensor) else self.find(guest, o) for o in operands]
+            raise ProtocolError(f"no template is defined in slot {message[1]}")
+        end = 2 + template.size
+        values, results = message[2:end], message[end:]
+        if len(message) < end:
+            raise ProtocolError(f"{template.operation.name}: {len(values)} values for {end - 2} holes")
+        remote = False
+        held, stored = guest.held, self.store.get
+        for hole in template.tensors:
+            value = values[hole]
+            if type(value) is int:
+                found = stored(value) if value in held else None
+                values[hole] = found = found if found is not None else self.find(guest, value)
+                remote = remote or type(found) is StoredPointer
+            elif not isinstance(value, torch.Tensor):
+                raise ProtocolError(f"{template.operation.name}: {type(value).__name__} in place of a tensor")
         if plugins.has_policy:
-            about = operands[0] if operands and type(operands[0]) is int else 0
+            about = message[2] if values and type(message[2]) is int else 0
             self.authorize(guest, template.operation.name, about)
-        for value in values:
-            if type(value) is StoredPointer:
-                self._pass_on(guest, number, template, values, scalars, results)
-                return
+        if remote:
+            self._pass_on(guest, number, template, values, results)
+            return results
         # Stored tensors require no grad: the tape is the client's.
-        for object_id, value in zip(results, leaves(execute(template, values, scalars)), strict=False):
+        returned = execute(template, values)
+        if type(returned) is torch.Tensor and len(results) == 1:
+            if results[0]:
+                self.add(guest.holder, results[0], returned)
+            return results
+        for object_id, value in zip(results, leaves(returned), strict=False):
             if object_id and isinstance(value, torch.Tensor):
                 self.add(guest.holder, object_id, value)
+        return results
 
     def _pass_on(
-        self,
-        guest: Guest,
-        number: int,
-        template: Template,
-        values: list[Any],
-        scalars: list[Any],
-        results: list[int],
-    ) -> Peer:
-        pointers = [value for value in values if isinstance(value, StoredPointer)]
-        peer = pointers[0].reference.peer
-        for value in values:
-            if isinstance(value, StoredPointer):
-                if value.reference.peer is not peer:
+        self, guest: Guest, number: int, template: Template, values: list[Any], results: list[int]
+    ) -> None:
+        peer: Peer | None = None
+        onward = values.copy()
+        for position, value in enumerate(values):
+            if type(value) is StoredPointer:
+                if peer is None:
+                    peer = value.reference.peer
+                elif value.reference.peer is not peer:
                     there = value.reference.peer.name
                     raise NotColocatedError(
                         template.operation.name, f"on {peer.name}", f"on {there}", f"p.move({peer.name})"
                     )
-            elif value.ndim:
+                onward[position] = value.reference.id
+        assert peer is not None
+        for value in values:
+            if isinstance(value, torch.Tensor) and value.ndim:
                 raise NotColocatedError(
                     template.operation.name, f"on {peer.name}", f"on {self.id}", f"p.remote_send({peer.name})"
                 )
-        operands = [v.reference.id if isinstance(v, StoredPointer) else v for v in values]
         created = [peer.new_id() if result else 0 for result in results]
-        peer.run(template, operands, scalars, created, lambda failure: guest.fail(number, failure))
+        peer.run(template, onward, created, lambda failure: guest.fail(number, failure))
         for result, target in zip(results, created, strict=True):
             if result:
                 self.add(guest.holder, result, StoredPointer(self.id, result, peer.refer(target), None))
         self.dirty.add(peer)
-        return peer
 
     def _ask(self, guest: Guest, number: int, message: list[Any]) -> None:
-        self._run(guest, number, message)
-        results = [result for result in message[4] if result]
+        results = self._run(guest, number, message)
         self._describe_many(guest, number, [self.store[result] for result in results if result in self.store])
 
     def _describe_many(self, guest: Guest, number: int, values: list[Any]) -> None:
@@ -338,8 +354,8 @@ class Worker:
         guest.answer(number, True)
 
     def _release(self, guest: Guest, number: int, message: list[Any]) -> None:
-        for object_id in message[1]:
-            self.release(guest.holder, object_id)
+        release, holder = self.holders.release, guest.holder
+        self._free([object_id for object_id in message[1] if release(holder, object_id)])
 
     def _fetch(self, guest: Guest, number: int, message: list[Any]) -> None:
         value = self.find(guest, message[1])

@@ -10,37 +10,39 @@ import torch
 from farpoint.store import NO_ANNOTATION, Annotation, ObjectStore
 
 
-class MemoryStore(ObjectStore):
-    """Keeps the very objects it is given, so that aliasing is torch's own."""
+class MemoryStore(dict[int, Any], ObjectStore):
+    """Keeps the very objects it is given, so that aliasing is torch's own.
+
+    It is a dictionary: reading and writing run for each operand of each operation, without a Python frame in between.
+    """
 
     def __init__(self) -> None:
-        self._objects: dict[int, Any] = {}
+        super().__init__()
         self._annotations: dict[int, Annotation] = {}
-        # The dictionary's own methods, without a Python frame in between: they run for each operand.
-        self.__getitem__ = self._objects.__getitem__  # type: ignore[method-assign]
-        self.get = self._objects.get  # type: ignore[method-assign,assignment]
-
-    def __getitem__(self, object_id: int) -> Any:
-        return self._objects[object_id]
-
-    def __setitem__(self, object_id: int, value: Any) -> None:
-        self._objects[object_id] = value
 
     def __delitem__(self, object_id: int) -> None:
-        del self._objects[object_id]
+        super().__delitem__(object_id)
         self._annotations.pop(object_id, None)
 
-    def __contains__(self, object_id: object) -> bool:
-        return object_id in self._objects
+    def pop(self, object_id: int, *default: Any) -> Any:
+        value = super().pop(object_id, *default)
+        self._annotations.pop(object_id, None)
+        return value
+
+    def popitem(self) -> tuple[int, Any]:
+        object_id, value = super().popitem()
+        self._annotations.pop(object_id, None)
+        return object_id, value
+
+    def clear(self) -> None:
+        super().clear()
+        self._annotations.clear()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(list(self._objects))
-
-    def __len__(self) -> int:
-        return len(self._objects)
+        return iter(list(self.keys()))
 
     def annotate(self, object_id: int, annotation: Annotation) -> None:
-        if object_id not in self._objects:
+        if object_id not in self:
             raise KeyError(object_id)
         self._annotations[object_id] = annotation
 
@@ -51,12 +53,11 @@ class MemoryStore(ObjectStore):
     def nbytes(self) -> int:
         storages = {
             storage.data_ptr(): storage.nbytes()
-            for value in list(self._objects.values())
+            for value in list(self.values())
             if isinstance(value, torch.Tensor)
             for storage in (value.untyped_storage(),)
         }
         return sum(storages.values())
 
     def close(self) -> None:
-        self._objects.clear()
-        self._annotations.clear()
+        self.clear()

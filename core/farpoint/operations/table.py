@@ -7,6 +7,7 @@ peer is looked up anywhere else, so an operator that is not listed does not exis
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -50,7 +51,8 @@ class Operation:
 
     Attributes:
         name: Like `aten::add.Tensor`, always with the overload, `default` spelled out.
-        overload: What runs it.
+        overload: The operator.
+        call: What runs it: what the overload itself calls, without a Python frame in between.
         scalar_positions: Positional arguments that are numbers whose value never decides the shape or dtype of a result.
             Only their Python type may decide the dtype.
         scalar_names: The same for keyword-only arguments.
@@ -64,6 +66,7 @@ class Operation:
 
     name: str
     overload: OpOverload[Any, Any]
+    call: Callable[..., Any]
     scalar_positions: frozenset[int]
     scalar_names: frozenset[str]
     written: frozenset[int]
@@ -174,6 +177,7 @@ def _describe(name: str, overload: OpOverload[Any, Any]) -> Operation:
     return Operation(
         name=name,
         overload=overload,
+        call=overload._op,
         scalar_positions=frozenset(i for i, argument in numbers if not argument.kwarg_only),
         scalar_names=frozenset(argument.name for _, argument in numbers if argument.kwarg_only),
         written=frozenset(i for i, _ in written),

@@ -17,7 +17,10 @@ class Holders:
 
     def held(self, holder: int) -> set[int]:
         """Return the live set of what a holder has; only this class changes it."""
-        return self._held.setdefault(holder, set())
+        found = self._held.get(holder)
+        if found is None:
+            found = self._held[holder] = set()
+        return found
 
     def create(self, holder: int, object_id: int) -> None:
         """List the maker of a new object."""

@@ -1,0 +1,48 @@
+"""Which line of the user's an operation came from."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import Final
+
+import torch
+
+# Whole directories, not names: a user's own folder may be called farpoint too.
+_PACKAGES: Final = tuple(str(Path(package).parent) + os.sep for package in (torch.__file__, __file__))
+# By file, not by code object: the hash of one covers all of its constants, and is computed anew each time.
+_ours: dict[str, bool] = {}
+
+Place = tuple[CodeType | None, int]
+"""Code and the offset of an instruction in it. What line that is, is found out when somebody asks."""
+NOWHERE: Final[Place] = (None, 0)
+
+
+def caller(depth: int = 1) -> Place:
+    """Return the place of the nearest caller that is neither torch nor farpoint.
+
+    Args:
+        depth: How many frames, this function's own included, need not be looked at.
+    """
+    frame = sys._getframe(depth)
+    while frame is not None:
+        code = frame.f_code
+        name = code.co_filename
+        ours = _ours.get(name)
+        if ours is None:
+            ours = _ours[name] = name.startswith(_PACKAGES)
+        if not ours:
+            return code, frame.f_lasti
+        frame = frame.f_back  # type: ignore[assignment]
+    return NOWHERE
+
+
+def spell(place: Place) -> str:
+    """Return a place as `file:line`, or nothing if there is none."""
+    code, offset = place
+    if code is None:
+        return ""
+    line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
+    return f"{code.co_filename}:{line}"
