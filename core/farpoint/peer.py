@@ -17,7 +17,7 @@ from farpoint.limits import DEFAULT_LIMITS
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
-from farpoint.provenance import NOWHERE, Place, spell
+from farpoint.provenance import NOWHERE, Origin, spell
 from farpoint.serializer import Frame
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Peer:
         self._ids = count(secrets.randbits(61) + 2**61)
         self._counts: dict[int, int] = {}
         self._slots: dict[int, tuple[int, Template]] = {}
-        self._issued: deque[tuple[int, Any]] = deque(maxlen=2 * DEFAULT_LIMITS.commands_in_flight)
+        self._issued: deque[tuple[int, Origin]] = deque(maxlen=2 * DEFAULT_LIMITS.commands_in_flight)
         self._welcome = threading.Event()
         self._refusal: str = ""
         self._promised = 0
@@ -139,7 +139,7 @@ class Peer:
         template: Template,
         values: list[Any],
         results: list[int],
-        origin: Place | Callable[[dict[str, Any]], None] = NOWHERE,
+        origin: Origin = NOWHERE,
         nbytes: int = 0,
     ) -> None:
         """Issue an operation. Nothing waits.
@@ -148,7 +148,7 @@ class Peer:
             template: What runs.
             values: What fills its holes, in order: ids, small tensors and numbers.
             results: Ids for what it returns.
-            origin: Where it comes from; or whom to tell of a failure, if it was passed on.
+            origin: Where it comes from.
             nbytes: Bytes that the results take there. When they add up the batch is sent early: releases must not wait.
         """
         with self.channel.lock:
@@ -176,7 +176,7 @@ class Peer:
         self.channel.submit([DEFINE, slot, *template.wire])
         return slot
 
-    def tell(self, message: list[Any], origin: Place = NOWHERE) -> None:
+    def tell(self, message: list[Any], origin: Origin = NOWHERE) -> None:
         """Issue a command that is not answered."""
         with self.channel.lock:
             self._issued.append((self.channel.submit(message), origin))
@@ -274,8 +274,10 @@ class Peer:
 
     def _note(self, about: int, failure: dict[str, Any]) -> None:
         origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
-        if callable(origin):  # a command that was passed on: whoever issued it is told instead
-            origin(failure)
+        if isinstance(origin[0], int):  # it was passed on: whoever issued it is told instead
+            guest = self.owner.guests.get(origin[0])
+            if guest is not None:
+                guest.fail(origin[1], failure)
             return
         if failure["uid"] not in self.owner.failures:
             self.owner.failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)

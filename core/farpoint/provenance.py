@@ -18,6 +18,11 @@ _ours: dict[str, bool] = {}
 Place = tuple[CodeType | None, int]
 """Code and the offset of an instruction in it. What line that is, is found out when somebody asks."""
 NOWHERE: Final[Place] = (None, 0)
+Origin = tuple[CodeType | int | None, int]
+"""Where a command came from: a place, or a session and the number of the command in it, if it was passed on.
+
+Thousands are kept. Tuples of such values the garbage collector lets go at its first look; with objects in them, each few
+thousand commands would cost a full collection."""
 
 
 def caller(depth: int = 1) -> Place:
@@ -39,10 +44,10 @@ def caller(depth: int = 1) -> Place:
     return NOWHERE
 
 
-def spell(place: Place) -> str:
-    """Return a place as `file:line`, or nothing if there is none."""
-    code, offset = place
-    if code is None:
+def spell(origin: Origin) -> str:
+    """Return a place as `file:line`, or nothing if it is none."""
+    code, offset = origin
+    if not isinstance(code, CodeType):
         return ""
     line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
     return f"{code.co_filename}:{line}"

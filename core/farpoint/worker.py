@@ -300,7 +300,7 @@ class Worker:
                     template.operation.name, f"on {peer.name}", f"on {self.id}", f"p.remote_send({peer.name})"
                 )
         created = [peer.new_id() if result else 0 for result in results]
-        peer.run(template, onward, created, lambda failure: guest.fail(number, failure))
+        peer.run(template, onward, created, (guest.holder, number))
         for result, target in zip(results, created, strict=True):
             if result:
                 self.add(guest.holder, result, StoredPointer(self.id, result, peer.refer(target), None))
