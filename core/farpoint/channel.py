@@ -15,6 +15,9 @@ from farpoint.transport import Link
 BATCH = 128
 """Messages after which a packet is sent without anybody waiting for it."""
 
+LARGE = 2**20
+"""Bytes from which on a tensor is written at once, and not copied before."""
+
 
 class Channel:
     """Carries the messages of one session over one link.

@@ -28,6 +28,7 @@ class Guest:
         holder: Its session, as the holders' list names it.
         held: The ids that it has a reference to.
         templates: What it has defined, by slot.
+        at_once: Whether the last answer must be written before the next command is executed.
     """
 
     def __init__(self, worker: Worker, link: Link) -> None:
@@ -38,6 +39,7 @@ class Guest:
         self.incarnation = b""
         self.held: set[int] = set()
         self.templates: dict[int, Template] = {}
+        self.at_once = False
         self._link = link
         self._greeted = False
         self.channel = Channel("a client", partial(worker.execute, self), self._after)

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from farpoint import gate
+from farpoint.channel import LARGE
 from farpoint.errors import PointerError
 from farpoint.pointer import PointerTensor, spend
 from farpoint.protocol.messages import Kind
@@ -21,7 +22,6 @@ from farpoint.tensors import dense
 from farpoint.worker import Worker
 
 _NOTES = "_farpoint_annotation"
-_LARGE = 2**20
 
 
 def note_of(tensor: torch.Tensor) -> Annotation:
@@ -85,13 +85,13 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         route, spec = route_of(peer, *tensor._route.workers), tensor._spec
     else:
         plain = dense(tensor)
-        if plain.data_ptr() == tensor.data_ptr() and plain.numel() * plain.itemsize < _LARGE:
+        if plain.data_ptr() == tensor.data_ptr() and plain.numel() * plain.itemsize < LARGE:
             plain = plain.clone()
         route, spec = route_of(peer), spec_of(plain)
         route.order()
         object_id = peer.new_id()
         peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller())
-        if plain.numel() * plain.itemsize >= _LARGE:
+        if plain.numel() * plain.itemsize >= LARGE:
             peer.flush()
     pointer = PointerTensor.wrap(route, peer.refer(object_id), spec, bool(wants_grad))
     pointer.__dict__[_NOTES] = note

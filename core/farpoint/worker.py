@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 
+from farpoint.channel import LARGE
 from farpoint.errors import (
     FarpointError,
     GetNotPermittedError,
@@ -142,6 +143,9 @@ class Worker:
                 command(guest, number, message)
             except Exception as error:
                 self._poison(guest, number, self._describe_error(error, message, guest), self._results(guest, message))
+        if guest.at_once:
+            guest.at_once = False
+            guest.flush()
 
     def _results(self, guest: Guest, message: list[Any]) -> list[int]:
         template = guest.templates.get(message[1]) if message[0] in (Kind.RUN, Kind.ASK) else None
@@ -369,8 +373,9 @@ class Worker:
             peer.ask([int(Kind.SYNC), []], lambda _: guest.answer(number, answer), keep=value)
             self.dirty.add(peer)
         else:
-            # A copy: what follows in this packet may change the tensor before the answer is written.
-            guest.answer(number, ["tensor", value.clone(), *about])
+            # What follows in this packet may change the tensor: copy it, or write the answer before going on.
+            guest.at_once = value.nbytes >= LARGE
+            guest.answer(number, ["tensor", value if guest.at_once else value.clone(), *about])
 
     def _search(self, guest: Guest, number: int, message: list[Any]) -> None:
         self.authorize(guest, "search")
