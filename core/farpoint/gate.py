@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from farpoint.errors import NotColocatedError, PointerSpentError, ValueNotHereError
+from farpoint.provenance import spell
 from farpoint.route import SPENT
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def check_live(pointer: PointerTensor) -> Reference:
         PointerSpentError: It was given up.
     """
     if pointer._route is SPENT or pointer._reference is None:
-        raise PointerSpentError(*(pointer._spent or ("a pointer", "an earlier call", "an unknown place")))
+        pointer_text, how, place = pointer._spent
+        raise PointerSpentError(pointer_text, how, spell(place) or "an unknown place")
     return pointer._reference
 
 

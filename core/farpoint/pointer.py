@@ -13,7 +13,7 @@ from farpoint.errors import FarpointError, NotColocatedError, RemoteExecutionErr
 from farpoint.inference import Layout, Signature, layout_of, signature_of
 from farpoint.peer import Reference
 from farpoint.protocol.messages import Kind
-from farpoint.provenance import caller, spell
+from farpoint.provenance import Place, caller
 from farpoint.route import SPENT, Route
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
 
@@ -30,7 +30,7 @@ class PointerTensor(torch.Tensor):
     _reference: Reference | None
     _route: Route
     _spec: TensorSpec
-    _spent: tuple[str, str, str] | None
+    _spent: tuple[str, str, Place]
 
     @staticmethod
     def wrap(route: Route, reference: Reference, spec: TensorSpec, requires_grad: bool = False) -> PointerTensor:
@@ -170,7 +170,7 @@ def describe(pointer: PointerTensor) -> str:
 
 def spend(pointer: PointerTensor, how: str) -> None:
     """Take the reference of a pointer away; every later use says where that was."""
-    pointer._spent = (describe(pointer), how, spell(caller()) or "an unknown place")
+    pointer._spent = (describe(pointer), how, caller())
     pointer._route = SPENT
     pointer._reference = None
 
