@@ -29,6 +29,14 @@ class Limits:
         name_chars: Characters of a worker name or a tag.
         tags: Tags of one object.
         objects: Objects that one worker stores.
+        open_seconds: Time to open a link.
+        ping_seconds: Silence after which a link is tested.
+        pong_seconds: Time to answer such a test.
+        close_seconds: Time to say goodbye.
+        stall_seconds: Time that a write may make no progress.
+        links: Links to one listener.
+        links_per_address: Links from one address.
+        failed_logins: Wrong tokens from one address in a minute, before it has to wait for one.
     """
 
     header_bytes: int = MEBI
@@ -48,6 +56,14 @@ class Limits:
     name_chars: int = 64
     tags: int = 16
     objects: int = 100_000
+    open_seconds: float = 5.0
+    ping_seconds: float = 10.0
+    pong_seconds: float = 10.0
+    close_seconds: float = 2.0
+    stall_seconds: float = 15.0
+    links: int = 256
+    links_per_address: int = 32
+    failed_logins: int = 5
 
 
 DEFAULT_LIMITS = Limits()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeAlias
 
+from farpoint.access import EVERYBODY, NO_CREDENTIALS, Admission, Credentials
 from farpoint.serializer import Frame
 
 
@@ -38,7 +39,14 @@ class Link(ABC):
       memory at once.
     * `close` is idempotent, may be called from any thread, and delivers what was written before it.
     * The loss of a link is reported once, to the `Receiver`, with its cause.
+
+    Attributes:
+        address: Where the peer is, for logs and errors.
+        identity: The name in the certificate that the peer has shown, empty if it has shown none.
     """
+
+    address: str = ""
+    identity: str = ""
 
     @abstractmethod
     def write(self, frames: Sequence[Frame]) -> None:
@@ -78,16 +86,18 @@ class Transport(ABC):
     schemes: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def connect(self, url: str, receiver: Receiver) -> Link:
+    def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         """Return this end of a new link to whoever listens at `url`.
 
         Raises:
-            TransportError: Nobody listens there, or it cannot be reached.
+            TransportError: Nobody listens there, it cannot be reached, or it does not let us in.
         """
 
     @abstractmethod
-    def listen(self, url: str, accept: Accept) -> Listener:
+    def listen(self, url: str, accept: Accept, admission: Admission = EVERYBODY) -> Listener:
         """Accept links at `url` until the listener is closed.
+
+        Who is not admitted gets no link, and `accept` is not called for it.
 
         Raises:
             TransportError: The place is taken, or cannot be listened at.

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import attrs
 
+from farpoint.access import EVERYBODY, NO_CREDENTIALS, Admission, Credentials
 from farpoint.errors import TransportError
 from farpoint.serializer import Frame
 from farpoint.transport import Accept, Link, Listener, Receiver, Transport
@@ -116,9 +117,10 @@ class VirtualLink(Link):
 class VirtualListener(Listener):
     """A name in the registry of a transport."""
 
-    def __init__(self, transport: VirtualTransport, name: str, accept: Accept) -> None:
+    def __init__(self, transport: VirtualTransport, name: str, accept: Accept, admission: Admission) -> None:
         self.url = PREFIX + name
         self.accept = accept
+        self.admission = admission
         self._transport = transport
         self._name = name
 
@@ -137,11 +139,13 @@ class VirtualTransport(Transport):
         self._listeners: dict[str, VirtualListener] = {}
         self._lock = threading.Lock()
 
-    def connect(self, url: str, receiver: Receiver) -> Link:
+    def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         name = _name(url)
         with self._lock:
             listener = self._listeners.get(name)
             names = sorted(self._listeners)
+        if listener is not None and not listener.admission.admits(credentials.token):
+            raise TransportError(url, "the token is not accepted there")
         if listener is None:
             listed = ", ".join(PREFIX + known for known in names) or "nobody"
             raise TransportError(url, f"nobody listens there (in this process listen: {listed})")
@@ -161,14 +165,14 @@ class VirtualTransport(Transport):
         near._drain()
         return near
 
-    def listen(self, url: str, accept: Accept) -> Listener:
+    def listen(self, url: str, accept: Accept, admission: Admission = EVERYBODY) -> Listener:
         name = _name(url)
         with self._lock:
             if name in self._listeners:
                 raise TransportError(
                     url, "somebody listens there already; close that listener or take another name"
                 )
-            listener = self._listeners[name] = VirtualListener(self, name, accept)
+            listener = self._listeners[name] = VirtualListener(self, name, accept, admission)
         return listener
 
 

@@ -1,0 +1,52 @@
+"""Who may speak over a link, and how it is protected: what a transport is told beside a URL."""
+
+from __future__ import annotations
+
+import hmac
+import ssl
+
+import attrs
+
+from farpoint.limits import DEFAULT_LIMITS, Limits
+
+
+@attrs.frozen
+class Credentials:
+    """What the side that dials brings.
+
+    Attributes:
+        token: Shown to the listener before anything else; empty if it has none.
+        tls: How to verify the listener, and the certificate to show; None for what the scheme of the URL implies.
+        limits: Time-outs and sizes.
+    """
+
+    token: str = attrs.field(default="", repr=False)
+    tls: ssl.SSLContext | None = None
+    limits: Limits = DEFAULT_LIMITS
+
+
+@attrs.frozen
+class Admission:
+    """Whom a listener lets in.
+
+    Attributes:
+        tokens: Whoever shows one of them may come in; if there are none, everybody.
+        tls: The certificate to show, and how to verify those of clients; None for a link in the clear.
+        origins: Web pages that may open a link; none by default. Programs that are no browsers have no origin.
+        limits: Time-outs and sizes.
+    """
+
+    tokens: tuple[str, ...] = attrs.field(default=(), repr=False)
+    tls: ssl.SSLContext | None = None
+    origins: tuple[str, ...] = ()
+    limits: Limits = DEFAULT_LIMITS
+
+    def admits(self, token: str) -> bool:
+        """Return whether a token opens the door, in a time that does not depend on it."""
+        shown = token.encode(errors="replace")
+        matches = [hmac.compare_digest(shown, known.encode()) for known in self.tokens]
+        return any(matches) or not self.tokens
+
+
+NO_CREDENTIALS = Credentials()
+EVERYBODY = Admission()
