@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch._ops import OpOverload
@@ -66,6 +67,7 @@ class Signature:
 
 _layouts: dict[int, Layout] = {}
 _signatures: dict[tuple[Any, ...], Signature] = {}
+_templates: WeakValueDictionary[str, Template] = WeakValueDictionary()
 
 
 def layout_of(overload: OpOverload[Any, Any]) -> Layout:
@@ -119,7 +121,7 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     names = layout.run_time_names
     wire_args = [encode_argument(_hole(a, i in layout.run_time)) for i, a in enumerate(args)]
     wire_kwargs = {n: encode_argument(_hole(a, n in names)) for n, a in kwargs.items()}
-    signature = Signature(Template(operation, wire_args, wire_kwargs))
+    signature = Signature(_template(operation, wire_args, wire_kwargs))
     if operation.data_dependent and not _integer_index(operation, specs):
         return signature
     size = sum(_span(s) * s.dtype.itemsize for s in specs)
@@ -158,6 +160,15 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     if operation.written or operation.written_names:
         signature.changed = [(i, spec_of(t)) for i, t in enumerate(tensors) if spec_of(t) is not specs[i]]
     return signature
+
+
+def _template(operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> Template:
+    # Signatures that differ in shapes alone share their template, which a worker is told once.
+    key = f"{operation.name} {args} {kwargs}"
+    known = _templates.get(key)
+    if known is None:
+        known = _templates[key] = Template(operation, args, kwargs)
+    return known
 
 
 def _hole(value: Any, run_time: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from operator import mul
 from typing import Any
+from weakref import WeakValueDictionary
 
 import attrs
 import torch
@@ -45,7 +46,7 @@ class TensorSpec:
         return [list(self.shape), list(self.stride), self.offset, DTYPE_NAMES[self.dtype], self.conj, self.neg]
 
 
-_interned: dict[tuple[Any, ...], TensorSpec] = {}
+_interned: WeakValueDictionary[tuple[Any, ...], TensorSpec] = WeakValueDictionary()
 
 
 def intern_spec(

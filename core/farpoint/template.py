@@ -103,7 +103,10 @@ class Template:
         numbers: Which are for numbers.
     """
 
-    __slots__ = ("_args", "_kwargs", "_positions", "numbers", "operation", "size", "tensors", "wire")
+    __slots__ = (
+        *("__weakref__", "_args", "_kwargs", "_positions"),
+        *("numbers", "operation", "size", "tensors", "wire"),
+    )
 
     def __init__(self, operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> None:
         self.operation = operation
