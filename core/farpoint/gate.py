@@ -44,6 +44,8 @@ _REFUSED: dict[Any, str] = {
         "copy.deepcopy(p)": _T.__deepcopy__,
     }.items()
 }
+VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
+"""Operators that return a value rather than tensors. No worker executes them."""
 _PLAIN = frozenset({int, float, bool, str, type(None), complex, torch.dtype, torch.Size, slice})
 _CONTAINERS = frozenset({list, tuple, dict})
 
@@ -91,7 +93,7 @@ def check(pointers: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: 
         raise NotColocatedError(name, f"on {workers[-1]}", "a local tensor", f"send it there with x.send({workers[0]})")
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[torch.Tensor]:
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[Any]:
     pending: list[Any] = [args, kwargs.values()] if kwargs else [args]
     for values in pending:
         for value in values:
@@ -111,6 +113,12 @@ def check_live(pointer: PointerTensor) -> Reference:
         pointer_text, how, place = pointer._spent
         raise PointerSpentError(pointer_text, how, spell(place) or "an unknown place")
     return pointer._reference
+
+
+def first_pointer(pointers: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> PointerTensor:
+    """Return the first pointer among the arguments of a call."""
+    found: PointerTensor = next(value for value in _tensors(args, kwargs) if type(value) is pointers)
+    return found
 
 
 def elsewhere(func: Any, first: PointerTensor, second: PointerTensor) -> NotColocatedError:

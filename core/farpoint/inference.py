@@ -22,13 +22,12 @@ MAX_SIGNATURES = 16_384
 _REAL_BYTES = 64 * 2**20
 _SMALL_BYTES = 64 * 2**10
 _NUMBERS = (bool, int, float, complex)
-_VALUES = frozenset({"aten::_local_scalar_dense.default", "aten::equal.default"})
 
 
 class Layout:
-    """Where the holes of an operator's arguments are, and whether it returns a value rather than tensors."""
+    """Where the holes of an operator's arguments are."""
 
-    __slots__ = ("needs_value", "operation", "run_time", "run_time_names")
+    __slots__ = ("operation", "run_time", "run_time_names")
 
     def __init__(self, overload: OpOverload[Any, Any]) -> None:
         self.operation: Operation = of(overload)
@@ -38,7 +37,6 @@ class Layout:
             i for i, a in enumerate(arguments) if str(a.type) == "Tensor" and not a.kwarg_only
         }
         self.run_time_names = self.operation.scalar_names
-        self.needs_value = self.operation.name in _VALUES
 
 
 class Signature:
@@ -167,7 +165,9 @@ def _template(operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> 
     key = f"{operation.name} {args} {kwargs}"
     known = _templates.get(key)
     if known is None:
-        known = _templates[key] = Template(operation, args, kwargs)
+        known = Template(operation, args, kwargs)
+        known.check()  # here, on the line that caused it, and not over there
+        _templates[key] = known
     return known
 
 
@@ -234,5 +234,6 @@ def _run_on_zeros(
             return next(queue)
         return [fill(item) for item in value] if isinstance(value, list | tuple) else value
 
+    filled = [fill(argument) for argument in args]
     with torch.no_grad():
-        return tensors, operation.overload(*(fill(a) for a in args), **{n: fill(a) for n, a in kwargs.items()})
+        return tensors, operation.overload(*filled, **{name: fill(argument) for name, argument in kwargs.items()})

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from farpoint import gate
-from farpoint.errors import FarpointError, NotColocatedError, RemoteExecutionError
+from farpoint.errors import FarpointError, NotColocatedError, OperationNotAllowedError, RemoteExecutionError
 from farpoint.inference import Layout, Signature, layout_of, signature_of
 from farpoint.peer import Reference
 from farpoint.protocol.messages import Kind
@@ -65,8 +65,13 @@ class PointerTensor(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         gate.check(cls, func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs) if kwargs else func(*args)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs) if kwargs else func(*args)
+        except RuntimeError as error:
+            if "its data is not allocated yet" in str(error):  # torch's C++ wanted to read the elements
+                raise gate.not_here(gate.first_pointer(cls, args, kwargs), func.__name__) from error
+            raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks cls and func
@@ -74,6 +79,10 @@ class PointerTensor(torch.Tensor):
     ) -> Any:
         try:
             return dispatch(func, args, kwargs or {})
+        except OperationNotAllowedError as error:
+            if func in gate.VALUES:
+                raise gate.not_here(gate.first_pointer(cls, args, kwargs), str(func)) from error
+            raise
         except TypeError as error:
             # torch would turn it into NotImplemented below a dunder, and `p == x` into False.
             raise RemoteExecutionError("me", str(func), "TypeError", str(error)) from error
@@ -252,8 +261,6 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     route, tensors = operands.route, operands.tensors
     if route is None:
         raise NotColocatedError(str(func), "here", "nowhere", "p.get()")
-    if layout.needs_value:
-        raise gate.not_here(next(t for t in tensors if type(t) is PointerTensor), str(func))
     if layout.operation.written_names:
         _refuse_local_writes(func, layout.operation, args, kwargs)
     signature = signature_of(tuple(operands.key), layout, args, kwargs, tensors)

@@ -132,8 +132,16 @@ class Template:
         if not isinstance(name, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
             raise ProtocolError("a template must be [name, args, kwargs]")
         template = cls(lookup(name), args, kwargs)
-        check_arguments(template.operation, template._args, template._kwargs, limits)
+        template.check(limits)
         return template
+
+    def check(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        """Check the arguments against the schema and the limits.
+
+        Raises:
+            ProtocolError: A worker would refuse them.
+        """
+        check_arguments(self.operation, self._args, self._kwargs, limits)
 
     def fill(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments with the holes filled, in order.

@@ -1,0 +1,143 @@
+"""How a call becomes a command: what is sent, what is kept, and for how long."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import farpoint
+from farpoint import VirtualWorker, inference
+from farpoint.errors import FarpointError, ProtocolError, ValueNotHereError
+from farpoint.protocol.messages import Kind
+
+
+@pytest.fixture
+def bob() -> Iterator[VirtualWorker]:
+    worker = VirtualWorker(id="dispatch")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_pointer_ends_with_its_last_name(bob: VirtualWorker, uncollected: None) -> None:
+    """Operands are not kept in a cycle that only the garbage collector would break."""
+    p = farpoint.send(torch.ones(3), bob)
+    functions: list[Callable[[Any], Any]] = [
+        lambda q: q + q,
+        lambda q: torch.cat([q, q]),
+        lambda q: torch.clamp(q, min=q),
+        lambda q: q.add_(1),
+        lambda q: q.masked_select(q > 0),
+        lambda q: q.split(1),
+    ]
+    for function in functions:
+        q: Any = p + 1
+        gone = weakref.ref(q._reference)
+        result: Any = function(q)
+        del q, result
+        assert gone() is None
+
+
+def test_a_refused_call_keeps_nothing(bob: VirtualWorker) -> None:
+    p = farpoint.send(torch.ones(3), bob)
+    for attempt in (lambda q: q + torch.ones(3), lambda q: q @ torch.ones(()), lambda q: q.view(7), bool):
+        q: Any = p + 1
+        with pytest.raises(Exception, match=r"."):
+            attempt(q)
+        del q
+    gc.collect()
+    assert len(bob._objects) == 1
+
+
+def test_tensors_by_name_stay_in_their_places(bob: VirtualWorker) -> None:
+    """Holes in named arguments are filled after those in positional ones, here as on the worker."""
+    x = torch.rand(3, 2)
+    tolerance = torch.tensor(0.1)
+    p: Any = farpoint.send(x, bob)
+    q: Any = farpoint.send(tolerance, bob)
+    inverse: Any = torch.linalg.pinv(p, rtol=q)
+    assert torch.allclose(inverse.get(), torch.linalg.pinv(x, rtol=tolerance))
+    y = torch.arange(6.0).view(2, 3)
+    a: Any = farpoint.send(y, bob)
+    clamped: Any = torch.clamp(a, max=a + 1, min=a - 1)
+    assert torch.equal(clamped.get(), y)
+
+
+def test_torch_that_wants_to_read_elements_is_answered_by_us(bob: VirtualWorker) -> None:
+    p = farpoint.send(torch.arange(6.0), bob)
+    index = farpoint.send(torch.tensor([1, 2]), bob)
+    one = farpoint.send(torch.tensor(1), bob)
+    attempts: list[Callable[[], Any]] = [
+        lambda: torch.tensor_split(p, index),
+        lambda: p.narrow(0, one, 2),
+        lambda: torch.cov(p, aweights=p),
+        lambda: torch.nn.functional.gaussian_nll_loss(p, p, p),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueNotHereError, match=r"p\.get\(keep=True\)"):
+            attempt()
+
+
+def test_a_template_is_told_once_whatever_the_shapes(bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[Any]] = []
+    submit = bob.peer.channel.submit
+
+    def watch(message: list[Any]) -> int:
+        told.append(message)
+        return submit(message)
+
+    monkeypatch.setattr(bob.peer.channel, "submit", watch)
+    for size in range(1, 40):
+        p: Any = farpoint.send(torch.ones(size), bob)
+        (p * 3 + p).get()
+    assert sum(message[0] == Kind.DEFINE for message in told) <= 2
+    assert sum(message[0] == Kind.RUN for message in told) == 78
+
+
+def test_signatures_are_bounded(bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_signatures", {})
+    monkeypatch.setattr(inference, "MAX_SIGNATURES", 4)
+    for size in range(1, 10):
+        p: Any = farpoint.send(torch.ones(size), bob)
+        assert torch.equal((p + p).get(), torch.full((size,), 2.0))
+    assert len(inference._signatures) == 4
+
+
+def test_a_dry_run_allocates_only_little(bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the worker would return may be larger than the memory of this machine."""
+    ran: list[bool] = []
+    run = inference._run_on_zeros
+
+    def watch(*args: Any) -> Any:
+        ran.append(torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None)
+        return run(*args)
+
+    monkeypatch.setattr(inference, "_run_on_zeros", watch)
+    p: Any = farpoint.send(torch.ones(1), bob)
+    q = p.expand(2**39)
+    assert q.shape == (2**39,)
+    ran.clear()
+    copy = q.contiguous()
+    assert copy.shape == (2**39,)
+    assert not any(ran), "real memory was asked for"
+    with pytest.raises(FarpointError):
+        copy.get()
+
+
+def test_arguments_that_every_worker_refuses_are_refused_here(bob: VirtualWorker) -> None:
+    p: Any = farpoint.send(torch.ones(1), bob)
+    with pytest.raises(ProtocolError, match="size"):
+        p.expand(2**42)
+    bob.synchronize()
