@@ -1,10 +1,13 @@
-"""The pytest plugin of farpoint: one fixture, made of what is registered.
+"""The pytest plugin of farpoint: fixtures made of what is registered.
 
 A test that takes `farpoint_combination` runs once for each combination of transport, serializer and store.
 The options, or the variables, only narrow that down::
 
     pytest --farpoint-transport virtual --farpoint-serializer msgpack,torch
     FARPOINT_STORE=memory pytest
+
+A test that takes `farpoint_workers` makes workers of that combination. Whoever has workers of another kind, in
+processes of their own for example, overrides this fixture, and the laws of `farpoint.testing.laws` run on them.
 
 A top-level module, because pytest imports it at each start: the package `farpoint` would bring torch along.
 """
@@ -14,10 +17,17 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import pytest
+
+if TYPE_CHECKING:
+    from farpoint import RemoteWorker
+
+# Their asserts explain themselves like those of a test file.
+pytest.register_assert_rewrite("farpoint.testing")
 
 KINDS = ("transport", "serializer", "store")
 
@@ -49,6 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             metavar="NAMES",
             help=f"use only these {kind}s, separated by commas (default: FARPOINT_{kind.upper()}, else all)",
         )
+    group.addoption(
+        "--farpoint-examples",
+        metavar="N",
+        type=int,
+        help="let state machines try N chance histories (default: FARPOINT_EXAMPLES, else the same few each time)",
+    )
 
 
 def pytest_report_header() -> str:
@@ -64,6 +80,31 @@ def farpoint_combination(request: pytest.FixtureRequest) -> Combination:
     """Return the transport, the serializer and the store to test with."""
     combination: Combination = request.param
     return combination
+
+
+@pytest.fixture
+def farpoint_workers(farpoint_combination: Combination) -> Callable[[str], RemoteWorker]:
+    """Return a function that makes a worker of this name and returns its handle; whoever calls it closes the worker."""
+    from farpoint import VirtualWorker
+
+    def make(name: str) -> RemoteWorker:
+        return VirtualWorker(
+            id=name,
+            transport=farpoint_combination.transport,
+            serializer=farpoint_combination.serializer,
+            store=farpoint_combination.store,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def farpoint_examples(request: pytest.FixtureRequest) -> int | None:
+    """Return how many chance histories a state machine shall try, or None for the same few each time."""
+    asked: int | None = request.config.getoption("--farpoint-examples")
+    if asked is None and os.environ.get("FARPOINT_EXAMPLES"):
+        asked = int(os.environ["FARPOINT_EXAMPLES"])
+    return asked
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import pytest
@@ -19,10 +18,6 @@ class TestVirtual(TransportContract):
     @pytest.fixture
     def transport(self) -> Transport:
         return VirtualTransport()
-
-    @pytest.fixture
-    def url(self) -> str:
-        return f"virtual://{uuid.uuid4()}"
 
     def test_who_listens_is_said(self, transport: Transport) -> None:
         transport.listen("virtual://alice", lambda _: Recorder())

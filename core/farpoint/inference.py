@@ -121,6 +121,7 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     wire_kwargs = {n: encode_argument(_hole(a, n in names)) for n, a in kwargs.items()}
     signature = Signature(_template(operation, wire_args, wire_kwargs))
     if operation.data_dependent and not _integer_index(operation, specs):
+        signature.template.check()
         return signature
     size = sum(_span(s) * s.dtype.itemsize for s in specs)
     try:
@@ -131,6 +132,8 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         # torch's own kernels say it in the words that users know. If they accept what inference refused, the worker decides.
         _run_on_zeros(operation, args, kwargs, specs)
         return signature
+    # Every worker checks the same. Here it is on the line that caused it; but what torch itself refuses is told in its words.
+    signature.template.check()
     flat, structure = pytree.tree_flatten(result)
     signature.structure = None if isinstance(result, torch.Tensor) or result is None else structure
     signature.outputs = []
@@ -165,9 +168,7 @@ def _template(operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> 
     key = f"{operation.name} {args} {kwargs}"
     known = _templates.get(key)
     if known is None:
-        known = Template(operation, args, kwargs)
-        known.check()  # here, on the line that caused it, and not over there
-        _templates[key] = known
+        known = _templates[key] = Template(operation, args, kwargs)
     return known
 
 

@@ -166,7 +166,7 @@ class VirtualWorker(RemoteWorker):
         id: Its name. A worker that has it already is replaced, with a warning.
         serializer: Name of the serializer; `FARPOINT_SERIALIZER` or msgpack if not given.
         store: Name of the object store; `FARPOINT_STORE` or memory if not given.
-        transport: URL scheme of the link.
+        transport: Name or URL scheme of the transport; `FARPOINT_TRANSPORT` or virtual if not given.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class VirtualWorker(RemoteWorker):
         *,
         serializer: str | None = None,
         store: str | None = None,
-        transport: str = "virtual",
+        transport: str | None = None,
     ) -> None:
         existing = _handles.get(id)
         if existing is not None:
@@ -185,7 +185,10 @@ class VirtualWorker(RemoteWorker):
             )
             existing.close()
         offered = preferred_serializers(serializer)
-        self._worker = Worker(id, f"{transport}://{id}", offered, store or os.environ.get("FARPOINT_STORE") or "memory")
+        transport = transport or os.environ.get("FARPOINT_TRANSPORT") or "virtual"
+        schemes = {record.name: record.schemes[0] for record in plugins.transports()}
+        url = plugins.transport(f"{schemes.get(transport, transport)}://").local_url(id)
+        self._worker = Worker(id, url, offered, store or os.environ.get("FARPOINT_STORE") or "memory")
         me().serializers = offered
         super().__init__(id, self._worker.url)
 

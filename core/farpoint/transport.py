@@ -86,6 +86,16 @@ class Transport(ABC):
     schemes: ClassVar[tuple[str, ...]]
 
     @abstractmethod
+    def local_url(self, name: str) -> str:
+        """Return a URL on this machine to listen at, where nobody listens yet.
+
+        A port of 0 may be in it: `Listener.url` says which it became. Nothing is reserved.
+
+        Args:
+            name: Who will listen: letters, digits and `_.:#-`. It may be part of the URL, to be read by people.
+        """
+
+    @abstractmethod
     def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         """Return this end of a new link to whoever listens at `url`.
 

@@ -61,14 +61,13 @@ class Worker:
 
     Args:
         name: What others call it.
-        url: Where it listens, empty if it does not.
+        url: Where to listen, empty for nowhere. The attribute `url` says where it became: a port of 0 is resolved.
         serializers: Names of serializers that it offers when it dials, best first.
         store: Name of the kind of its object store.
     """
 
     def __init__(self, name: str, url: str, serializers: list[str], store: str = "memory") -> None:
         self.id = name
-        self.url = url
         self.serializers = serializers
         self.incarnation = secrets.token_bytes(16)
         self.store = plugins.store(store, name)
@@ -83,6 +82,7 @@ class Worker:
         self.expose_tracebacks = True
         self.movers = Movers(self)
         self._listener = plugins.transport(url).listen(url, self._accept) if url else None
+        self.url = self._listener.url if self._listener is not None else ""
         self._commands: dict[int, Callable[[Guest, int, list[Any]], object]] = {
             int(Kind.DEFINE): self._define,
             int(Kind.RUN): self._run,

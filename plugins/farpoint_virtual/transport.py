@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain, count
 from typing import ClassVar
 
 import attrs
@@ -138,6 +139,11 @@ class VirtualTransport(Transport):
     def __init__(self) -> None:
         self._listeners: dict[str, VirtualListener] = {}
         self._lock = threading.Lock()
+
+    def local_url(self, name: str) -> str:
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        with self._lock:
+            return PREFIX + next(free for free in names if free not in self._listeners)
 
     def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         name = _name(url)

@@ -19,6 +19,7 @@ from farpoint.errors import DecodeError, EncodeError, LimitError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.serializer import Frame, Serializer
 from farpoint.tensors import DTYPES
+from farpoint.testing.contract import Contract
 from farpoint.testing.trees import LAYOUTS, PLAIN, REFUSED, SHAPES, assert_same, nested, sample, trees
 
 
@@ -32,7 +33,7 @@ class _Canary:
         return os.mkdir, (str(self.path),)
 
 
-class SerializerContract:
+class SerializerContract(Contract):
     """Every guarantee of `farpoint.serializer.Serializer`, one test for each.
 
     Give a fixture `serializer` that returns a new serializer with the default limits::
@@ -49,14 +50,6 @@ class SerializerContract:
     Override `with_limits` if your serializer is made in another way than `type(serializer)(limits)`. The
     tests themselves cannot be overridden.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in vars(cls):
-            if name.startswith("test_") and any(name in vars(base) for base in cls.__mro__[1:]):
-                raise AssertionError(
-                    f"{cls.__name__} overrides {name}, which is part of the contract; give it another name"
-                )
 
     @pytest.fixture
     def serializer(self) -> Serializer:

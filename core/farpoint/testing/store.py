@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 import torch
 
 from farpoint.store import NO_ANNOTATION, Annotation, ObjectStore
+from farpoint.testing.contract import Contract
 
 NOTE = Annotation(tags=frozenset({"#x", "#y"}), description="what it is", requires_grad=True)
 
 
-class StoreContract:
+class StoreContract(Contract):
     """Every guarantee of `farpoint.store.ObjectStore`, one test for each.
 
     Give a fixture `store` that returns a new, empty store::
@@ -28,14 +28,6 @@ class StoreContract:
 
     The tests themselves cannot be overridden.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in vars(cls):
-            if name.startswith("test_") and any(name in vars(base) for base in cls.__mro__[1:]):
-                raise AssertionError(
-                    f"{cls.__name__} overrides {name}, which is part of the contract; give it another name"
-                )
 
     @pytest.fixture
     def store(self) -> ObjectStore:

@@ -1,18 +1,20 @@
-"""The contract of transports: subclass it, give two fixtures, run pytest."""
+"""The contract of transports: subclass it, give one fixture, run pytest."""
 
 from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from farpoint.errors import TransportError
 from farpoint.serializer import Frame
-from farpoint.transport import Link, Transport
+from farpoint.testing.contract import Contract
+from farpoint.transport import Link, Listener, Transport
 
 PATIENCE = 10.0
 """Seconds to wait for what a transport promises."""
@@ -67,10 +69,10 @@ def join(transport: Transport, url: str, near: Recorder, far: Recorder) -> tuple
     return near.link, far.link
 
 
-class TransportContract:
+class TransportContract(Contract):
     """Every guarantee of `farpoint.transport`, one test for each.
 
-    Give a fixture `transport`, and a fixture `url` that returns a URL where nobody listens::
+    Give a fixture `transport` that returns the transport::
 
         from farpoint.plugins import plugins
         from farpoint.testing import TransportContract
@@ -80,20 +82,9 @@ class TransportContract:
             def transport(self):
                 return plugins.transport("pigeon://")
 
-            @pytest.fixture
-            def url(self):
-                return f"pigeon://{uuid.uuid4()}"
-
-    The tests themselves cannot be overridden.
+    Override the fixture `url` to listen at other places than `Transport.local_url` names. The tests themselves
+    cannot be overridden.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in vars(cls):
-            if name.startswith("test_") and any(name in vars(base) for base in cls.__mro__[1:]):
-                raise AssertionError(
-                    f"{cls.__name__} overrides {name}, which is part of the contract; give it another name"
-                )
 
     @pytest.fixture
     def transport(self) -> Transport:
@@ -101,9 +92,9 @@ class TransportContract:
         raise NotImplementedError("give a fixture `transport` that returns the transport to test")
 
     @pytest.fixture
-    def url(self) -> str:
+    def url(self, transport: Transport) -> str:
         """Return a URL where nobody listens."""
-        raise NotImplementedError("give a fixture `url` that returns a URL where nobody listens")
+        return transport.local_url(f"worker-{uuid.uuid4()}")
 
     def test_messages_arrive_whole(self, transport: Transport, url: str) -> None:
         """Any number of frames of any size and type arrives as it was written, in both directions."""
@@ -270,6 +261,27 @@ class TransportContract:
         transport.connect(again.url, Recorder()).close()
         again.close()
 
+    @pytest.mark.parametrize("name", ["alice", "a_long.name:with#every-sign:" + "0123456789" * 3])
+    def test_local_urls_are_free(self, transport: Transport, name: str) -> None:
+        """Whoever asks for a place gets one that is free, also under a name that listens already."""
+        places: list[tuple[Recorder, Listener]] = []
+        for _ in range(3):
+            place = transport.local_url(name)
+            assert urlsplit(place).scheme in transport.schemes
+            with pytest.raises(TransportError):
+                transport.connect(place, Recorder())
+            far = Recorder()
+            places.append((far, transport.listen(place, partial(_known, far))))
+        assert len({listener.url for _, listener in places}) == 3
+        for number, (_, listener) in enumerate(places):
+            link = transport.connect(listener.url, Recorder())
+            link.write([b"%d" % number])
+            link.close()
+        eventually(lambda: all(far.losses for far, _ in places))
+        for number, (far, listener) in enumerate(places):
+            assert far.messages == [[b"%d" % number]]
+            listener.close()
+
     def test_a_closed_listener_keeps_its_links(self, transport: Transport, url: str) -> None:
         """No new link arrives, and the old ones work."""
         far = Recorder()
@@ -307,6 +319,10 @@ class TransportContract:
         for link in links:
             link.close()
         listener.close()
+
+
+def _known(recorder: Recorder, link: Link) -> Recorder:
+    return recorder
 
 
 def _holds(recorder: Recorder, count: int) -> bool:
