@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from farpoint.errors import FarpointError, TransportError, WorkerLostError
+from farpoint.errors import DecodeError, FarpointError, ProtocolError, TransportError, WorkerLostError
 from farpoint.protocol.session import Session
 from farpoint.serializer import Frame, Serializer
 from farpoint.transport import Link
@@ -17,6 +17,15 @@ BATCH = 128
 
 LARGE = 2**20
 """Bytes from which on a tensor is written at once, and not copied before."""
+
+
+class _Thread(threading.local):
+    """Whether this thread is carrying out what a link has brought."""
+
+    delivering = False
+
+
+_thread = _Thread()
 
 
 class Channel:
@@ -29,39 +38,54 @@ class Channel:
         name: Who is at the other end, for errors.
         deliver: Called with the number and content of each message that arrives, in order.
         after: Called when the messages of one packet have been delivered.
+        complain: Called with the reason before a peer that breaks the protocol loses the link.
     """
 
     def __init__(
-        self, name: str, deliver: Callable[[int, list[Any]], None], after: Callable[[], None]
+        self,
+        name: str,
+        deliver: Callable[[int, list[Any]], None],
+        after: Callable[[], None],
+        complain: Callable[[FarpointError], None] = lambda _: None,
     ) -> None:
         self.name = name
         self.lock = threading.RLock()
         self.lost: Exception | None = None
         self._deliver = deliver
         self._after = after
+        self._complain = complain
         self._out: deque[list[Frame]] = deque()
         self._writing = False
+        self.link: Link | None = None
 
     def open(self, link: Link, session: Session, serializer: Serializer) -> None:
         """Begin to speak."""
-        self.link = link
         self.session = session
         self.serializer = serializer
+        self.link = link  # last: from here on others flush
 
     def submit(self, message: list[Any]) -> int:
         """Take a message for the next packet and return its number. Called with the lock held.
 
         Raises:
             WorkerLostError: The link is gone.
+            ProtocolError: It was closed because the peer broke the protocol.
         """
         if self.lost is not None:
-            raise WorkerLostError(self.name, str(self.lost))
+            raise self.ended()
         return self.session.submit(message)
+
+    def ended(self) -> FarpointError:
+        """Return the error for whoever still wants something over this link."""
+        if isinstance(self.lost, ProtocolError | DecodeError):
+            return ProtocolError(f"{self.name} broke the protocol, and the link to it was closed: {self.lost}")
+        return WorkerLostError(self.name, str(self.lost))
 
     def flush(self) -> None:
         """Send what is waiting."""
         with self.lock:
-            if self.lost is not None:
+            link = self.link
+            if self.lost is not None or link is None:
                 return
             packet = self.session.pack()
             if packet is None and not self._out:
@@ -81,7 +105,7 @@ class Channel:
                     return
                 frames = self._out.popleft()
             try:
-                self.link.write(frames)
+                link.write(frames)
             except TransportError as error:
                 with self.lock:
                     self._writing = False
@@ -90,6 +114,8 @@ class Channel:
 
     def received(self, frames: Sequence[Frame]) -> None:
         """Take a packet from the link. A peer that breaks the protocol costs itself the link, and nobody else anything."""
+        delivering = _thread.delivering
+        _thread.delivering = True
         try:
             packet = self.serializer.decode(frames)
             with self.lock:
@@ -97,13 +123,24 @@ class Channel:
             for number, message in messages:
                 self._deliver(number, message)
         except FarpointError as error:
+            self._complain(error)
             self.fail(error)
-            return
+        finally:
+            _thread.delivering = delivering
         self._after()
+
+    def may_wait(self) -> bool:
+        """Return whether this thread may wait for the peer.
+
+        It must not while it delivers, for it may be the one that would bring what it waits for, nor while it holds the lock
+        that whoever brings it needs.
+        """
+        return not _thread.delivering and not self.lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition does
 
     def fail(self, cause: Exception) -> None:
         """Give the link up."""
         with self.lock:
             if self.lost is None:
                 self.lost = cause
-        self.link.close()
+        if self.link is not None:
+            self.link.close()

@@ -19,7 +19,9 @@ The message of each is built from its attributes, and says what was asked, what 
     ├── EncodeError (ValueError)            a value that cannot travel
     ├── DecodeError (ValueError)            bytes that are not what a peer of ours writes
     │   └── LimitError                        ... or more of them than is allowed
+    ├── QuotaError (RuntimeError)           a worker keeps as much for you as it is willing to
     ├── ProtocolError (RuntimeError)        the peer broke the protocol
+    │   ├── MalformedMessageError             a message is not what its kind declares
     │   └── StaleIncarnationError             it speaks to an earlier life of this process
     ├── TransportError (ConnectionError)    a link could not be made, or broke
     ├── SynchronizationTimeoutError (TimeoutError)  nothing arrived for too long
@@ -249,8 +251,47 @@ class LimitError(DecodeError):
         super().__init__(f"{found} exceeds the limit {limit}={allowed}; the receiver may raise it with Limits({limit}=...)")
 
 
+class QuotaError(FarpointError, RuntimeError):
+    """A worker keeps as much for this client as it is willing to. Nothing that it keeps is lost.
+
+    Attributes:
+        worker: Who refused.
+        limit: Name of the limit, an attribute of `farpoint.limits.Limits`.
+        allowed: Its value.
+        found: What it would have come to.
+    """
+
+    def __init__(self, worker: str, limit: str, allowed: int, found: str) -> None:
+        self.worker = worker
+        self.limit = limit
+        self.allowed = allowed
+        self.found = found
+        super().__init__(
+            f"{worker} refuses {found}: its limit is {limit}={allowed} for each client. Nothing was lost. Give up what is no "
+            f"longer needed (del p, p.free() or p.get()) and try again, or let whoever runs {worker} raise Limits({limit}=...)"
+        )
+
+
 class ProtocolError(FarpointError, RuntimeError):
     """The peer broke the protocol."""
+
+
+class MalformedMessageError(ProtocolError):
+    """A message is not what its kind declares. A link that carries too many of them is closed.
+
+    Attributes:
+        kind: The message, like `PUT`.
+        field: What of it is wrong.
+        wanted: What belongs there.
+        found: What was there.
+    """
+
+    def __init__(self, kind: str, field: str, wanted: str, found: str) -> None:
+        self.kind = kind
+        self.field = field
+        self.wanted = wanted
+        self.found = found
+        super().__init__(f"{kind}: {field} must be {wanted}, and {found} was sent")
 
 
 class StaleIncarnationError(ProtocolError):

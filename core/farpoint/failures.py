@@ -27,11 +27,11 @@ def describe_failure(error: Exception, worker: str, operation: str, *, expose: b
         expose: Whether the traceback may travel.
     """
     kind = type(error).__name__ if type(error).__name__ in _KINDS else "RemoteExecutionError"
-    behind = "".join(traceback.format_exception(error))[-8000:] if expose else ""
+    behind = "".join(traceback.format_exception(error))[-DEFAULT_LIMITS.traceback_chars :] if expose else ""
     return {
-        "uid": secrets.randbits(62),
+        "uid": secrets.randbits(62) + 1,
         "kind": kind,
-        "error": type(error).__name__,
+        "error": type(error).__name__[: DEFAULT_LIMITS.error_chars],
         "text": str(error)[: DEFAULT_LIMITS.error_chars],
         "worker": worker,
         "operation": operation,

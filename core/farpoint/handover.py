@@ -10,9 +10,11 @@ import torch
 
 from farpoint import gate
 from farpoint.channel import LARGE
-from farpoint.errors import PointerError
+from farpoint.errors import MalformedMessageError, PointerError
+from farpoint.limits import DEFAULT_LIMITS
 from farpoint.pointer import PointerTensor, spend
 from farpoint.protocol.messages import Kind
+from farpoint.protocol.shapes import NAME, brief
 from farpoint.provenance import caller
 from farpoint.remote import RemoteWorker, me, resolve
 from farpoint.route import route_of
@@ -36,16 +38,25 @@ def annotate(
     """Write tags or a description on a tensor, which travel with it, or on the object of a pointer.
 
     Raises:
-        ValueError: A tag does not begin with `#`.
+        ValueError: A tag is none that travels, or there are too many, or the description is too long.
     """
     note = note_of(tensor)
     if tags is not None:
         chosen = frozenset(tags)
         for tag in chosen:
-            if not tag.startswith("#") or len(tag) > 64:
-                raise ValueError(f"{tag!r} is no tag: a tag begins with # and has at most 64 characters")
+            if not NAME.holds(tag) or not tag.startswith("#") or len(tag) > DEFAULT_LIMITS.name_chars:
+                raise ValueError(
+                    f"{tag!r} is no tag: a tag begins with #, has at most {DEFAULT_LIMITS.name_chars} characters, and they are "
+                    "of A-Z a-z 0-9 _ . : # -"
+                )
+        if len(chosen) > DEFAULT_LIMITS.tags:
+            raise ValueError(f"these are {len(chosen)} tags: an object has at most {DEFAULT_LIMITS.tags}")
         note = attrs.evolve(note, tags=chosen)
     if description is not None:
+        if len(description) > DEFAULT_LIMITS.description_chars:
+            raise ValueError(
+                f"a description has at most {DEFAULT_LIMITS.description_chars} characters, and this one {len(description)}"
+            )
         note = attrs.evolve(note, description=description)
     tensor.__dict__[_NOTES] = note
     if isinstance(tensor, PointerTensor):
@@ -124,19 +135,26 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     result: torch.Tensor
     if answer[0] == "pointer":
         _, name, url, target, _, tags, description = answer
-        through = me().peer(str(name), str(url))
+        through = me().peer(name, url)
         route = route_of(through, *workers[2:])
         # The reference to the pointer over there pins its target until we are listed as a holder ourselves.
-        claimed = through.refer(int(target), claimed=True)
-        through.ask([int(Kind.CLAIM), int(target)], keep=reference)
+        claimed = through.refer(target, claimed=True)
+        through.ask([int(Kind.CLAIM), target], keep=reference)
         result = PointerTensor.wrap(route, claimed, pointer._spec, wants_grad)
         route.order()
     else:
         _, value, _, tags, description = answer
+        # The shape may be another one than this pointer knows, after `t_()` through another pointer to the object.
+        if value.dtype != pointer._spec.dtype:
+            wanted = f"a tensor of {pointer._spec.dtype}"
+            raise peer.broke(MalformedMessageError("ANSWER to FETCH", "it", wanted, f"one of {value.dtype}"))
         result = _restride(value, pointer._spec).requires_grad_(wants_grad)
         if grad is not None:
-            result.grad = get(grad, keep=keep)
-    result.__dict__[_NOTES] = Annotation(frozenset(tags), str(description))
+            fetched = get(grad, keep=keep)
+            if fetched.shape != result.shape:
+                raise peer.broke(MalformedMessageError("ANSWER to FETCH", "the gradient", brief(result), brief(fetched)))
+            result.grad = fetched
+    result.__dict__[_NOTES] = Annotation(frozenset(tags), description)
     if not keep:
         del reference
         spend(pointer, "get")
@@ -146,7 +164,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
 
 def _restride(value: torch.Tensor, spec: Any) -> torch.Tensor:
     # A dense but permuted layout (a transpose, channels_last) comes back as it was; a view with gaps comes back compact.
-    if value.stride() == spec.stride or value.numel() < 2:
+    if value.shape != spec.shape or value.stride() == spec.stride or value.numel() < 2:
         return value
     order = sorted(range(value.ndim), key=lambda d: (-spec.stride[d], d))
     expected = 1

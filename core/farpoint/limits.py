@@ -24,17 +24,25 @@ class Limits:
         results: Results of one operation.
         tensor_list: Tensors in one list argument of an operation.
         templates: Command templates that a session may define.
+        template_items: Arguments, and items of arguments, in all of them together.
         hops: Pointers that one chain may consist of.
         error_chars: Characters of an error text that travels.
-        name_chars: Characters of a worker name or a tag.
+        traceback_chars: Characters of a traceback that travels.
+        failures: Errors that a client keeps until somebody looks at them.
+        name_chars: Characters of a worker name, a tag or a word to search for.
+        url_chars: Characters of a URL.
+        description_chars: Characters of a description.
         tags: Tags of one object.
-        objects: Objects that one worker stores.
+        objects: Objects that a worker keeps for one session.
+        bytes: Tensor bytes that a worker keeps for one session, and as many of answers that it has not acknowledged.
+        transfers: Moves that a session may have under way.
+        links: Links of one worker to its clients, and as many to other workers.
+        bad_requests: Malformed messages on one link before it is closed.
         open_seconds: Time to open a link.
         ping_seconds: Silence after which a link is tested.
         pong_seconds: Time to answer such a test.
         close_seconds: Time to say goodbye.
         stall_seconds: Time that a write may make no progress.
-        links: Links to one listener.
         links_per_address: Links from one address.
         failed_logins: Wrong tokens from one address in a minute, before it has to wait for one.
     """
@@ -51,19 +59,35 @@ class Limits:
     results: int = 1_024
     tensor_list: int = 1_024
     templates: int = 4_096
+    template_items: int = 2**20
     hops: int = 8
     error_chars: int = 500
+    traceback_chars: int = 8_000
+    failures: int = 4_096
     name_chars: int = 64
+    url_chars: int = 1_024
+    description_chars: int = 4_096
     tags: int = 16
     objects: int = 100_000
+    bytes: int = 4 * 1024 * MEBI
+    transfers: int = 64
+    links: int = 256
+    bad_requests: int = 10
     open_seconds: float = 5.0
     ping_seconds: float = 10.0
     pong_seconds: float = 10.0
     close_seconds: float = 2.0
     stall_seconds: float = 15.0
-    links: int = 256
     links_per_address: int = 32
     failed_logins: int = 5
+
+    def advertised(self) -> dict[str, int]:
+        """Return the limits by name, as a welcome carries them."""
+        return attrs.asdict(self)
+
+    def answers(self) -> Limits:
+        """Return the same for the answers to a session's commands: an answer is acknowledged later than its command."""
+        return attrs.evolve(self, commands_in_flight=2 * self.commands_in_flight)
 
 
 DEFAULT_LIMITS = Limits()

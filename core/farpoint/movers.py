@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,22 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from farpoint.errors import ObjectNotFoundError, ProtocolError, TransportError
+from farpoint.errors import (
+    FarpointError,
+    LimitError,
+    MalformedMessageError,
+    ProtocolError,
+    QuotaError,
+    TransportError,
+)
 from farpoint.failures import describe_failure
+from farpoint.limits import DEFAULT_LIMITS
 from farpoint.protocol import transfer as states
 from farpoint.protocol.messages import Kind
+from farpoint.protocol.shapes import ID, brief
+from farpoint.quota import weigh
 from farpoint.store import Annotation
+from farpoint.tensors import dense
 
 if TYPE_CHECKING:
     from farpoint.guest import Guest
@@ -27,6 +39,14 @@ _MESSAGES: dict[str, type[states.TransferMessage]] = {
         *(states.Refused, states.Missing, states.Activated, states.Aborted, states.Inquire),
     )
 }
+_HEX = re.compile(r"[0-9a-f]{1,32}")
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("an integer of up to 128 bits", lambda v: type(v) is int and 0 <= v < 2**128),
+    "bool": ("true or false", lambda v: type(v) is bool),
+    "str": ("a short text", lambda v: type(v) is str and len(v) <= 2 * DEFAULT_LIMITS.error_chars),
+    "str | None": ("a short text, or nothing", lambda v: v is None or type(v) is str and len(v) <= 128),
+    "Any": ("nothing: the payload comes beside the fields", lambda v: v is None),
+}
 LOCAL = 0
 """The holder that a worker is in its own list."""
 
@@ -38,8 +58,8 @@ class Movers:
         self._worker = worker
         self._states = states.Transfers(int.from_bytes(worker.incarnation, "big"))
         self._leaving: dict[int, tuple[torch.Tensor, Annotation]] = {}
-        self._staged: dict[int, list[Any]] = {}
-        self._expected: set[int] = set()
+        self._staged: dict[int, tuple[states.Stage, list[Any]]] = {}
+        self._expected: dict[int, Guest] = {}
         self._ends: dict[int, tuple[Callable[[], None], Callable[[str], None]]] = {}
 
     def move(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -48,26 +68,28 @@ class Movers:
         worker = self._worker
         value = worker.find(guest, object_id)
         worker.authorize(guest, "move", object_id)
-        failed = self._failed(guest, number, object_id)
-        if type(hops) is not int or not 0 <= hops <= 8:
-            raise ProtocolError(f"a chain of {hops!r} hops")
+        if hops > worker.limits.hops:
+            raise LimitError("hops", worker.limits.hops, f"a chain of {hops} hops")
         if isinstance(value, torch.Tensor) != (hops == 0):
             raise ProtocolError(f"object {object_id} is not {hops} hops from the data")
         if hops == 0:
-            self._depart(guest, number, object_id, value, (destination, url, new_id, holder), leave, failed)
+            self._depart(guest, number, object_id, value, (destination, url, new_id, holder), leave)
             return
         # The middle of a chain. The last pointer before the data is re-pointed, unless the data end only grows.
         peer = value.reference.peer
+        guest.pass_on(peer)
         onward = [int(Kind.MOVE), value.reference.id, hops - 1, destination, url, new_id, holder, leave]
         done: Callable[[], None] = lambda: guest.answer(number, True)  # noqa: E731
+        arrived = 0
         if hops == 1 and not leave:
             if destination == worker.id:
-                onward[4:7] = [worker.url, secrets.randbits(62) + 1, LOCAL]
-                arrived = onward[5]
-                self._expected.add(arrived)
+                arrived = secrets.randbits(62) + 1
+                onward[4:7] = [worker.url, arrived, LOCAL]
+                self._expected[arrived] = guest
 
                 def done() -> None:
-                    self._expected.discard(arrived)
+                    if arrived not in worker.store:
+                        raise ProtocolError(f"{peer.name} says that it has moved an object here, and nothing has come")
                     note = worker.store.annotation(arrived)
                     worker.store[object_id] = worker.store.pop(arrived)
                     worker.holders.release(LOCAL, arrived)
@@ -75,7 +97,7 @@ class Movers:
                     worker.dirty.add(peer)
                     guest.answer(number, True)
             else:
-                there = worker.peer(destination, url)
+                there = worker.introduce(guest, destination, url)
                 onward[5:7] = [there.new_id(), there.session_id]
                 reference = there.refer(onward[5])
 
@@ -85,20 +107,20 @@ class Movers:
                     guest.answer(number, True)
 
         def then(answer: Any) -> None:
-            if isinstance(answer, Exception):
-                guest.fail(number, describe_failure(answer, worker.id, "MOVE", expose=False))
-            else:
+            self._expected.pop(arrived, None)
+            try:
+                if isinstance(answer, FarpointError):
+                    raise answer
+                if object_id not in worker.store:
+                    raise ProtocolError("the pointer to what moved was given up meanwhile, and what moved with it")
                 done()
+            except FarpointError as error:
+                guest.fail(number, describe_failure(error, worker.id, "MOVE", expose=False))
+            if arrived:
+                worker.release(LOCAL, arrived)
 
         peer.ask(onward, then)
         worker.dirty.add(peer)
-
-    def _failed(self, guest: Guest, number: int, object_id: int) -> Callable[[str], None]:
-        def failed(reason: str) -> None:
-            error = TransportError(f"object {object_id}", f"it did not move, and is where it was: {reason}")
-            guest.fail(number, describe_failure(error, self._worker.id, "MOVE", expose=False))
-
-        return failed
 
     def _depart(
         self,
@@ -108,52 +130,66 @@ class Movers:
         value: torch.Tensor,
         place: tuple[str, str, int, int],
         leave: bool,
-        failed: Callable[[str], None],
     ) -> None:
         from farpoint.worker import StoredPointer
 
         worker = self._worker
         destination, url, new_id, holder = place
         note = worker.store.annotation(object_id)
-        there = worker.peer(destination, url)
+        if value.nbytes > worker.limits.message_bytes:  # an expanded tensor may be far larger than its memory
+            raise LimitError("message_bytes", worker.limits.message_bytes, f"a tensor of {value.nbytes} bytes")
+        plain = dense(value)
+        if guest.moves >= worker.limits.transfers:
+            raise QuotaError(worker.id, "transfers", worker.limits.transfers, f"move {guest.moves + 1} at a time")
+        there = worker.introduce(guest, destination, url)
         if leave:
             new_id, holder = there.new_id(), there.session_id
 
         def done() -> None:
+            guest.moves -= 1
             if leave:
-                worker.store[object_id] = StoredPointer(worker.id, object_id, there.refer(new_id), None)
+                pointer = StoredPointer(worker.id, object_id, there.refer(new_id), None)
+                if object_id in worker.store:  # or the last holder has left meanwhile, and what moved is given up there
+                    worker.store[object_id] = pointer
+                worker.dirty.add(there)
             # Otherwise the mover gives its reference up itself: it may have pinned it for a hand-over.
             guest.answer(number, True)
 
+        def failed(reason: str) -> None:
+            guest.moves -= 1
+            error = TransportError(f"object {object_id}", f"it did not move, and is where it was: {reason}")
+            guest.fail(number, describe_failure(error, worker.id, "MOVE", expose=False))
+
         if destination == worker.id:
+            self._check_place(holder, new_id, weigh(value))
+            guest.moves += 1
             worker.add(holder, new_id, value)
             worker.store.annotate(new_id, note)
             done()
             return
+        ID.check("MOVE", "new_id", new_id)
         transfer = secrets.randbits(62) + 1
+        guest.moves += 1
         # What travels is a second entry of the object: other holders keep theirs, and a failure changes nothing.
-        self._leaving[transfer] = (value, note)
+        self._leaving[transfer] = (plain, note)
         self._ends[transfer] = (done, failed)
         self._carry_out(self._states.begin(transfer, transfer, destination, new_id, holder))
 
     def receive(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Take a TRANSFER message of another worker."""
         _, name, fields, payload = message
-        kind = _MESSAGES.get(name)
-        if kind is None or not isinstance(fields, list):
-            raise ProtocolError(f"{str(name)[:40]!r} is no transfer message")
-        values = [int(field[1], 16) if isinstance(field, list) else field for field in fields]
-        parsed = kind(*values)
+        parsed = _parse(name, fields)
         if isinstance(parsed, states.Push):
             parsed = attrs.evolve(parsed, payload=payload)
-        self._worker.peer(guest.name, guest.url)
+        # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
+        if self._worker.peer(guest.name, guest.url).defer(lambda: self._worker.execute(guest, number, message)):
+            return
         here, there = self._states.incarnation, int.from_bytes(guest.incarnation, "big")
         self._carry_out(self._states.receive(guest.name, there, here, parsed))
 
     def peer_back(self, peer: Peer) -> None:
         """Learn that a session with another worker begins."""
-        with self._worker.lock:
-            self._carry_out(self._states.peer_back(peer.name, int.from_bytes(peer.incarnation, "big")))
+        self._carry_out(self._states.peer_back(peer.name, int.from_bytes(peer.incarnation, "big")))
 
     def peer_lost(self, peer: Peer) -> None:
         """Learn that one is over."""
@@ -165,16 +201,20 @@ class Movers:
         for effect in effects:
             match effect:
                 case states.Send(peer=name, message=message, object_id=object_id):
-                    self._send(worker.peer(name), message, object_id)
+                    try:
+                        self._send(worker.peer(name), message, object_id)
+                    except FarpointError:
+                        pass  # the link is gone, and `peer_back` asks again
                 case states.Stage():
                     try:
                         self._stage(effect)
-                    except (ProtocolError, ObjectNotFoundError) as error:
-                        self._carry_out(self._states.refuse(effect.transfer, str(error)))
+                    except FarpointError as error:
+                        reason = str(error)[: worker.limits.error_chars]
+                        self._carry_out(self._states.refuse(effect.transfer, reason))
                         return
                 case states.Activate(transfer=transfer, new_id=new_id, holder=holder):
-                    staged = self._staged.pop(transfer, None)
-                    if staged is not None:
+                    _, staged = self._staged.pop(transfer, (None, None))
+                    if staged is not None and self._awaited(holder, new_id):
                         worker.add(holder, new_id, staged[0])
                         worker.store.annotate(new_id, Annotation(frozenset(staged[2]), staged[3], staged[1]))
                 case states.Discard(transfer=transfer):
@@ -202,11 +242,50 @@ class Movers:
         self._worker.dirty.add(peer)
 
     def _stage(self, effect: states.Stage) -> None:
-        worker, payload = self._worker, effect.payload
-        if not isinstance(payload, list) or not payload or not isinstance(payload[0], torch.Tensor):
+        payload = effect.payload
+        if payload is None:
             raise ProtocolError("the push carries no tensor")
-        if effect.holder not in worker.guests and effect.new_id not in self._expected:
+        others = [staged for transfer, staged in self._staged.items() if transfer != effect.transfer]
+        if any(other.new_id == effect.new_id for other, _ in others):
+            raise ProtocolError(f"object {effect.new_id} is on its way here already")
+        # What is staged for the same holder counts as if it held it.
+        beside = [weigh(content[0]) for other, content in others if other.holder == effect.holder]
+        self._check_place(effect.holder, effect.new_id, weigh(payload[0]) + sum(beside), 1 + len(beside))
+        self._staged[effect.transfer] = (effect, payload)
+
+    def _check_place(self, holder: int, new_id: int, nbytes: int, objects: int = 1) -> None:
+        """Check that whoever shall hold what arrives is here, and may hold it."""
+        worker = self._worker
+        worker.check_new(new_id)
+        guest = worker.guests.get(holder) if holder != LOCAL else self._expected.get(new_id)
+        if guest is None:
             raise ProtocolError("whoever shall hold the object has no session here")
-        if effect.new_id in worker.store:
-            raise ProtocolError(f"object {effect.new_id} exists and is never overwritten")
-        self._staged[effect.transfer] = payload
+        guest.quota.check(nbytes, objects)
+
+    def _awaited(self, holder: int, new_id: int) -> bool:
+        """Return whether what was staged still has a holder and a place: the holder may have gone, or taken the id itself."""
+        here = holder in self._worker.guests if holder != LOCAL else new_id in self._expected
+        return here and new_id not in self._worker.store and new_id not in self._worker.poisoned
+
+
+def _parse(name: str, fields: list[Any]) -> states.TransferMessage:
+    """Return the message of a state machine that a TRANSFER carries.
+
+    Raises:
+        MalformedMessageError: It is none.
+    """
+    kind = _MESSAGES.get(name)
+    if kind is None:
+        raise MalformedMessageError("TRANSFER", "name", f"one of {', '.join(_MESSAGES)}", brief(name))
+    wanted = attrs.fields(kind)
+    if len(fields) != len(wanted):
+        raise MalformedMessageError(f"TRANSFER {name}", "the number of its fields", str(len(wanted)), str(len(fields)))
+    values = []
+    for field, value in zip(wanted, fields, strict=True):
+        if type(value) is list and len(value) == 2 and value[0] == "x" and type(value[1]) is str and _HEX.fullmatch(value[1]):
+            value = int(value[1], 16)
+        wants, holds = _TYPES[str(field.type)]
+        if not holds(value):
+            raise MalformedMessageError(f"TRANSFER {name}", field.name, wants, brief(value))
+        values.append(value)
+    return kind(*values)

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from farpoint.channel import BATCH, Channel
-from farpoint.errors import FarpointError, ProtocolError, SynchronizationTimeoutError, WorkerLostError
+from farpoint.errors import (
+    FarpointError,
+    LimitError,
+    MalformedMessageError,
+    ProtocolError,
+    SynchronizationTimeoutError,
+    TransportError,
+)
 from farpoint.failures import revive_failure
-from farpoint.limits import DEFAULT_LIMITS
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
+from farpoint.protocol.shapes import FAILURE, WELCOME, brief, check_answer
 from farpoint.provenance import NOWHERE, Origin, spell
 from farpoint.serializer import Frame
+from farpoint.transport import Link
 
 if TYPE_CHECKING:
     from farpoint.template import Template
     from farpoint.worker import Worker
 
 PROMISED_BYTES = 16 * 2**20
+LARGE_ANSWER = 64 * 1024
+"""Bytes of an answer that is acknowledged at once: the worker keeps it until then."""
+WELCOME_BYTES = 64 * 1024
 
-RUN, DEFINE = int(Kind.RUN), int(Kind.DEFINE)
+RUN, DEFINE, SYNC = int(Kind.RUN), int(Kind.DEFINE), int(Kind.SYNC)
+
+
+def unguessable_ids() -> list[int]:
+    """Return ids of which none tells anything about another: an id is all that one needs to become a holder."""
+    return [number >> 1 or 1 for number in struct.unpack("<512Q", os.urandom(4096))]
 
 
 class Reference:
@@ -46,7 +65,10 @@ class Reference:
 class Reply:
     """The answer to one command, when it comes."""
 
-    def __init__(self, then: Callable[[Any], None] | None = None, keep: object = None) -> None:
+    def __init__(
+        self, asked: list[Any], then: Callable[[Any], None] | None = None, keep: object = None
+    ) -> None:
+        self.asked = asked
         self.value: Any = None
         self.error: dict[str, Any] | None = None
         self.done = threading.Event()
@@ -56,6 +78,8 @@ class Reply:
 
 class Peer:
     """What one worker knows of another that it commands.
+
+    Commands may be issued before the other worker has said who it is: they wait for that, nobody else does.
 
     Args:
         owner: The worker that issues.
@@ -69,46 +93,116 @@ class Peer:
         self.name = name
         self.url = url
         self.session_id = secrets.randbits(62) + 1
+        self.limits = owner.limits
         self.dropped: deque[int] = deque()
         self.pending: dict[int, Reply] = {}
-        self.orphans: deque[int] = deque()
-        self._ids = count(secrets.randbits(61) + 2**61)
+        self.orphans: deque[int] = deque(maxlen=self.limits.failures)
+        self._ids: list[int] = []
         self._counts: dict[int, int] = {}
         self._slots: dict[int, tuple[int, Template]] = {}
-        self._issued: deque[tuple[int, Origin]] = deque(maxlen=2 * DEFAULT_LIMITS.commands_in_flight)
+        self._issued: deque[tuple[int, Origin]] = deque(maxlen=2 * self.limits.commands_in_flight)
         self._welcome = threading.Event()
-        self._refusal: str = ""
+        self._welcomed = False
+        self._deferred: list[Callable[[], None]] = []
+        self._refusal: FarpointError | None = None
         self._promised = 0
+        self._room = self.limits.commands_in_flight // 2
+        self._milestone: Reply | None = None
+        self._offered = list(serializers)
+        self._link: Link | None = None
+        self.incarnation = b""
         self.channel = Channel(name, self._deliver, self._after)
-        self._link = plugins.transport(url).connect(url, self)
+        self.channel.session = Session(owner.incarnation, self.incarnation, self.limits)
+
+    def dial(self) -> None:
+        """Make the link, greet, and wait for the welcome, unless this thread must not wait.
+
+        Raises:
+            FarpointError: There is nobody, or somebody else, or we are refused.
+        """
+        owner = self.owner
         hello = {
             "farpoint": 1,
             "client": owner.id,
             "url": owner.url,
             "session": self.session_id,
             "incarnation": owner.incarnation.hex(),
-            "serializers": list(serializers),
+            "serializers": self._offered,
         }
-        self._link.write([json.dumps(hello).encode()])
-        if not self._welcome.wait(5):
-            raise SynchronizationTimeoutError(name, 5)
-        if self._refusal:
-            raise ProtocolError(self._refusal)
+        try:
+            self._link = plugins.transport(self.url).connect(self.url, self)
+            self._link.write([json.dumps(hello).encode()])
+            if self.channel.may_wait() and not self._welcome.wait(5):
+                raise SynchronizationTimeoutError(self.name or self.url, 5)
+            if self._refusal is not None:
+                raise self._refusal
+        except FarpointError as error:
+            self.channel.lost = self._refusal = error
+            self._welcome.set()
+            self.close()
+            raise
+
+    def defer(self, call: Callable[[], None]) -> bool:
+        """Call something as soon as the other worker has said who it is; return False, and do not, if it has.
+
+        Raises:
+            LimitError: Too much waits for that already.
+        """
+        if self._welcomed:
+            return False
+        if len(self._deferred) >= self.limits.transfers:
+            raise LimitError("transfers", self.limits.transfers, f"another message while {self.name} has not greeted us")
+        self._deferred.append(call)
+        return True
 
     def received(self, frames: Sequence[Frame]) -> None:
         """Take a message from the link: the welcome, then packets."""
-        if self._welcome.is_set():
+        if not self._welcome.is_set():
+            try:
+                self._take_welcome(bytes(frames[0][:WELCOME_BYTES]) if frames else b"")
+            except (ValueError, RecursionError, FarpointError) as error:
+                self._refusal = ProtocolError(f"{self.name or self.url} does not greet like a worker: {str(error)[:500]}")
+            if self._refusal is not None:
+                self.channel.fail(self._refusal)
+            self._welcome.set()
+            self.soon()
+            self._after()
+        elif self._refusal is None:
             self.channel.received(frames)
+            if self.channel.lost is None and (
+                self.channel.session.owed >= BATCH or any(len(frame) > LARGE_ANSWER for frame in frames)
+            ):
+                self.channel.flush()
+
+    def _take_welcome(self, text: bytes) -> None:
+        welcome = json.loads(text)
+        if isinstance(welcome, dict) and isinstance(welcome.get("refused"), str):
+            self._refusal = ProtocolError(f"{self.name or self.url} refused us: {welcome['refused'][:500]}")
             return
-        welcome = json.loads(bytes(frames[0]))
-        if "refused" in welcome:
-            self._refusal = str(welcome["refused"])
-        else:
-            self.incarnation = bytes.fromhex(welcome["incarnation"])
-            self.name = self.channel.name = str(welcome["worker"])
-            serializer = plugins.serializer(str(welcome["serializer"]), DEFAULT_LIMITS)
-            self.channel.open(self._link, Session(self.owner.incarnation, self.incarnation), serializer)
-        self._welcome.set()
+        WELCOME.check_map(welcome)
+        name, serializer = welcome["worker"], welcome["serializer"]
+        if self.name and name != self.name:
+            raise MalformedMessageError("the welcome", "worker", f"{self.name!r}, who was called", repr(name))
+        if serializer not in self._offered:
+            raise MalformedMessageError("the welcome", "serializer", f"one of {self._offered}", repr(serializer))
+        if self._link is None:
+            raise MalformedMessageError("the welcome", "it", "the answer to a greeting", "one before it")
+        theirs = welcome.get("limits")
+        for limit in ("commands_in_flight", "templates"):
+            allowed = theirs.get(limit) if isinstance(theirs, dict) else None
+            if type(allowed) is int and 2 <= allowed < getattr(self.limits, limit):
+                self.limits = attrs.evolve(self.limits, **{limit: allowed})
+        self._room = self.limits.commands_in_flight // 2
+        self.incarnation = bytes.fromhex(welcome["incarnation"])
+        self.name = self.channel.name = name
+        self.channel.session.remote = self.incarnation
+        self.channel.open(self._link, self.channel.session, plugins.serializer(serializer, self.owner.limits))
+        with self.owner.lock:
+            self._welcomed = True
+            self.owner.peer_back(self)
+            deferred, self._deferred = self._deferred, []
+            for call in deferred:
+                call()
 
     def lost(self, cause: Exception | None) -> None:
         """Learn that the link is gone: everybody who waits is told."""
@@ -116,14 +210,23 @@ class Peer:
             self.channel.lost = self.channel.lost or cause or ConnectionError("the worker was closed")
             waiting = list(self.pending.values())
             self.pending.clear()
+        if not self._welcomed:
+            closed = TransportError(self.url, f"the link was closed before {self.name or 'the worker'} greeted us")
+            self._refusal = self._refusal or closed
+            self._welcome.set()
         self.owner.peer_lost(self)
         for reply in waiting:
             reply.error = {"lost": True}
-            reply.done.set()
+            self._settle(reply)
+        self.owner.settle()
 
     def new_id(self) -> int:
         """Return an id for a new object there, and hold a reference to it."""
-        object_id = next(self._ids)
+        try:
+            object_id = self._ids.pop()
+        except IndexError:
+            object_id, *fresh = unguessable_ids()
+            self._ids.extend(fresh)
         self._counts[object_id] = 1
         return object_id
 
@@ -142,7 +245,7 @@ class Peer:
         origin: Origin = NOWHERE,
         nbytes: int = 0,
     ) -> None:
-        """Issue an operation. Nothing waits.
+        """Issue an operation. Nothing waits, unless very many commands are under way.
 
         Args:
             template: What runs.
@@ -151,22 +254,50 @@ class Peer:
             origin: Where it comes from.
             nbytes: Bytes that the results take there. When they add up the batch is sent early: releases must not wait.
         """
-        with self.channel.lock:
+        channel = self.channel
+        if channel.session.submitted >= self._room:
+            self.make_room()
+        with channel.lock:
             known = self._slots.get(id(template))
             slot = known[0] if known is not None else self.slot(template)
-            number = self.channel.submit([RUN, slot, *values, *results])
+            number = channel.submit([RUN, slot, values, results])
             self._issued.append((number, origin))
             self._promised += nbytes
-            due = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
+            due = channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
         if due:
+            self.soon()
+
+    def soon(self) -> None:
+        """Send what is waiting: at once, or, on a thread that carries out what a link has brought, as soon as it is done.
+
+        Such a thread holds the lock of a worker, and a write may need that of another one.
+        """
+        if self.channel.may_wait():
             self.flush()
+        else:
+            self.owner.dirty.add(self)
+
+    def make_room(self) -> None:
+        """Wait until not too many commands are under way, here and wherever they are passed on to.
+
+        Halfway to the limit a SYNC follows the commands, and at the limit its answer is waited for, which has usually
+        come. A thread that must not wait does not: what it issues for others is limited by `Guest.pass_on`.
+        """
+        if not self.channel.may_wait():
+            return
+        with self.channel.lock:
+            self._room = self.channel.session.submitted + self.limits.commands_in_flight // 2
+            before, self._milestone = self._milestone, self.ask([SYNC, []])
+        self.flush()
+        if before is not None:
+            self.wait(before)
 
     def slot(self, template: Template) -> int:
         """Return the slot of a template, and define it if the worker does not know it yet."""
         known = self._slots.get(id(template))
         if known is not None:
             return known[0]
-        if len(self._slots) >= DEFAULT_LIMITS.templates:
+        if len(self._slots) >= self.limits.templates:
             # The oldest is forgotten; its slot is defined anew, in order with the commands that use it.
             oldest = next(iter(self._slots))
             slot = self._slots.pop(oldest)[0]
@@ -178,6 +309,8 @@ class Peer:
 
     def tell(self, message: list[Any], origin: Origin = NOWHERE) -> None:
         """Issue a command that is not answered."""
+        if self.channel.session.submitted >= self._room:
+            self.make_room()
         with self.channel.lock:
             self._issued.append((self.channel.submit(message), origin))
 
@@ -191,7 +324,9 @@ class Peer:
             then: Called with the answer, if it is not a failure, or with an exception if it is one.
             keep: Something to keep alive until then: the pin of a hand-over.
         """
-        reply = Reply(then, keep)
+        if self.channel.session.submitted >= self._room:
+            self.make_room()
+        reply = Reply(message, then, keep)
         with self.channel.lock:
             self._drop()
             self.pending[self.channel.submit(message)] = reply
@@ -213,9 +348,10 @@ class Peer:
     def raise_orphan(self) -> None:
         """Raise the first error of a command that had no result to carry it, and that nobody has seen yet."""
         while self.orphans:
-            error, seen = self.owner.failures[self.orphans[0]]
-            self.owner.failures[self.orphans.popleft()] = (error, True)
-            if not seen:
+            uid = self.orphans.popleft()
+            error, seen = self.owner.failures.get(uid, (None, True))
+            if error is not None and not seen:
+                self.owner.failures[uid] = (error, True)
                 raise error
 
     def request(self, message: list[Any]) -> Any:
@@ -233,15 +369,21 @@ class Peer:
     def error(self, failure: dict[str, Any]) -> FarpointError:
         """Return the exception for a failure, with the line that issued it; it counts as looked at."""
         if "lost" in failure:
-            return WorkerLostError(self.name, str(self.channel.lost))
+            return self.channel.ended()
         known = self.owner.failures.get(failure["uid"])
         error = known[0] if known else revive_failure(failure, "")
         self.owner.failures[failure["uid"]] = (error, True)
         return error
 
+    def broke(self, error: ProtocolError) -> FarpointError:
+        """Close the link to a worker that has broken the protocol, and return the error for whoever noticed."""
+        self.channel.fail(error)
+        return self.channel.ended()
+
     def close(self) -> None:
         """End the link."""
-        self._link.close()
+        if self._link is not None:
+            self._link.close()
 
     def _drop(self) -> None:
         gone = []
@@ -257,20 +399,37 @@ class Peer:
             self.channel.submit([int(Kind.RELEASE), gone[start : start + 1024]])
 
     def _deliver(self, number: int, message: list[Any]) -> None:
+        if type(message) is not list or len(message) != 3 or type(message[0]) is not int:
+            raise MalformedMessageError("a message", "it", "a list of kind, number and content", brief(message))
         kind, about, content = message
-        reply = self.pending.pop(about, None)
-        if kind == Kind.ANSWER and reply is not None:
-            reply.value = content
-            if reply.then is not None:
-                reply.then(content)
-            reply.done.set()
-        elif kind == Kind.FAILURE:
+        if kind not in (Kind.ANSWER, Kind.FAILURE):
+            return  # a newer worker may say more
+        if type(about) is not int or not 0 <= about <= self.channel.session.submitted:
+            raise MalformedMessageError(Kind(kind).name, "the number", "that of a command", brief(about))
+        reply = self.pending.get(about)
+        if kind == Kind.FAILURE:
+            FAILURE.check_map(content)
+            if about == 0:
+                self.channel.fail(TransportError(self.url, f"{self.name} ended the link: {content['text']}"))
+                return
             self._note(about, content)
             if reply is not None:
                 reply.error = content
-                if reply.then is not None:
-                    reply.then(self.error(content))
-                reply.done.set()
+                del self.pending[about]
+                self._settle(reply)
+        elif reply is not None:
+            check_answer(reply.asked, content)
+            reply.value = content
+            del self.pending[about]
+            self._settle(reply)
+
+    def _settle(self, reply: Reply) -> None:
+        try:
+            if reply.then is not None:
+                with self.owner.lock:  # as for a command: it speaks for the worker, and may change its store
+                    reply.then(self.error(reply.error) if reply.error is not None else reply.value)
+        finally:
+            reply.done.set()
 
     def _note(self, about: int, failure: dict[str, Any]) -> None:
         origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
@@ -279,10 +438,13 @@ class Peer:
             if guest is not None:
                 guest.fail(origin[1], failure)
             return
-        if failure["uid"] not in self.owner.failures:
-            self.owner.failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)
+        failures = self.owner.failures
+        if failure["uid"] not in failures:
+            failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)
             if failure.get("orphan"):
                 self.orphans.append(failure["uid"])
+            while len(failures) > self.limits.failures:
+                failures.pop(next(iter(failures)), None)
 
     def _after(self) -> None:
         self.owner.settle()

@@ -317,7 +317,7 @@ def _ask(func: Any, route: Route, signature: Signature, operands: _Operands) -> 
     references = [peer.refer(result) for result in results]
     with peer.channel.lock:
         slot = peer.slot(signature.template)
-        reply = peer.ask([int(Kind.ASK), slot, *operands.values, *results])
+        reply = peer.ask([int(Kind.ASK), slot, operands.values, results])
     specs = [spec_from_wire(wire) for wire in peer.wait(reply)]
     values = [
         PointerTensor.wrap(route, reference, spec) for reference, spec in zip(references, specs, strict=True)

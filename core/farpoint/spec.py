@@ -77,8 +77,19 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     )
 
 
-def spec_from_wire(wire: Any) -> TensorSpec:
+def describe_tensor(tensor: torch.Tensor) -> list[Any]:
+    """Return the spec of a tensor as plain data. It is not interned: what a worker computes for others would add up."""
+    shape, stride = list(tensor.shape), list(tensor.stride())
+    name = DTYPE_NAMES[tensor.dtype]
+    return [shape, stride, int(tensor.storage_offset()), name, tensor.is_conj(), tensor.is_neg()]
+
+
+def spec_from_wire(wire: Any, *, interned: bool = True) -> TensorSpec:
     """Return the spec that a peer claims.
+
+    Args:
+        wire: The spec as plain data.
+        interned: Whether it is the one spec of these values. Interned specs stay for good: not for what a client makes up.
 
     Raises:
         ProtocolError: It is not one.
@@ -88,6 +99,7 @@ def spec_from_wire(wire: Any) -> TensorSpec:
         sizes = [*shape, *stride, offset]
         if any(type(n) is not int or not 0 <= n <= 2**40 for n in sizes) or len(shape) != len(stride):
             raise ValueError(wire)
-        return intern_spec(tuple(shape), tuple(stride), offset, DTYPES[dtype], bool(conj), bool(neg))
+        make = intern_spec if interned else TensorSpec
+        return make(tuple(shape), tuple(stride), offset, DTYPES[dtype], bool(conj), bool(neg))
     except (KeyError, ValueError, TypeError) as error:
         raise ProtocolError(f"not the metadata of a tensor: {str(wire)[:100]}") from error

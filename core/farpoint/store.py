@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import attrs
+import torch
 
 
 @attrs.frozen
@@ -58,6 +59,16 @@ class ObjectStore(MutableMapping[int, Any]):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory that the tensors keep alive: each storage once, however many views are stored."""
+
+    def bytes_of(self, object_ids: Iterable[int]) -> int:
+        """Return the bytes of memory that some of the objects keep alive: each storage once. Ids that are not there are free."""
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for value in map(self.get, object_ids)
+            if isinstance(value, torch.Tensor)
+            for storage in (value.untyped_storage(),)
+        }
+        return sum(storages.values())
 
     @abstractmethod
     def close(self) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from farpoint.store import NO_ANNOTATION, Annotation, ObjectStore
 
 
@@ -51,13 +49,7 @@ class MemoryStore(dict[int, Any], ObjectStore):
 
     @property
     def nbytes(self) -> int:
-        storages = {
-            storage.data_ptr(): storage.nbytes()
-            for value in list(self.values())
-            if isinstance(value, torch.Tensor)
-            for storage in (value.untyped_storage(),)
-        }
-        return sum(storages.values())
+        return self.bytes_of(list(self.keys()))
 
     def close(self) -> None:
         self.clear()

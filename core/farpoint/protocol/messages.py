@@ -1,6 +1,7 @@
 """The table of message kinds. A message is a list whose first item is its kind.
 
-Commands go from the client of a session to its worker, answers the other way. `docs/protocol.md` describes the fields.
+Commands go from the client of a session to its worker, answers the other way. `farpoint.protocol.shapes` has the types of the
+fields, `docs/protocol.md` describes them.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ class Kind(IntEnum):
     FETCH = 8
     """`id`: answered with the tensor, or with the pointer that is there."""
     MOVE = 9
-    """`id, transfer, worker, url, new id, holder, leave pointer`: move the data end. Answered when it is there."""
+    """`id, hops, destination, url, new id, holder, leave pointer`: move the data end. Answered when it is there."""
     SEARCH = 10
-    """`tags`: answered with ids."""
+    """`words`: answered with ids."""
     TAG = 11
     """`id, tags, description`: write on an object."""
     CLEAR = 12
     """Drop every object of the worker. Answered."""
     SYNC = 13
-    """`hops`: answered when everything before it has taken effect, here and where it was passed on to."""
+    """`visited`: answered when everything before it has taken effect, here and where it was passed on to."""
     DESCRIBE = 14
-    """`id`: answered with the metadata of the data end, tags and description."""
+    """`ids`: answered with the metadata of each data end."""
     TRANSFER = 15
-    """`name, fields …`: a message of `farpoint.protocol.transfer`."""
+    """`name, fields, payload`: a message of `farpoint.protocol.transfer`."""
 
     ANSWER = 64
     """`seq, value`: the answer to a command."""

@@ -23,20 +23,24 @@ class Holders:
         return found
 
     def create(self, holder: int, object_id: int) -> None:
-        """List the maker of a new object."""
+        """List the maker of a new object. Nobody holds it yet: whoever stores an object has seen that its id is new."""
         self.held(holder).add(object_id)
 
     def claim(self, holder: int, object_id: int) -> None:
-        """List one more holder of an object that has one. A second claim changes nothing."""
+        """List one more holder of an object. A second claim changes nothing."""
         held = self.held(holder)
-        if object_id not in held:
-            held.add(object_id)
-            self._shared[object_id] = self._shared.get(object_id, 1) + 1
+        if object_id in held:
+            return
+        if object_id in self._shared:
+            self._shared[object_id] += 1
+        elif any(object_id in other for other in self._held.values()):
+            self._shared[object_id] = 2
+        held.add(object_id)
 
     def release(self, holder: int, object_id: int) -> bool:
         """Strike a holder out, and return whether nobody holds the object now. A second release changes nothing."""
-        held = self.held(holder)
-        if object_id not in held:
+        held = self._held.get(holder)
+        if held is None or object_id not in held:
             return False
         held.remove(object_id)
         count = self._shared.get(object_id)
@@ -50,11 +54,13 @@ class Holders:
 
     def leave(self, holder: int) -> list[int]:
         """Strike a holder out everywhere, and return what nobody holds now."""
-        return [object_id for object_id in list(self.held(holder)) if self.release(holder, object_id)]
+        gone = [object_id for object_id in list(self._held.get(holder, ())) if self.release(holder, object_id)]
+        self._held.pop(holder, None)
+        return gone
 
     def sole(self, holder: int, object_id: int) -> bool:
         """Return whether this is the only holder of an object."""
-        return object_id in self.held(holder) and object_id not in self._shared
+        return object_id in self._held.get(holder, ()) and object_id not in self._shared
 
     def forget(self, object_ids: Iterable[int]) -> None:
         """Strike objects out of every list."""

@@ -4,6 +4,10 @@ A packet is a list of four items::
 
     [ incarnation of the receiver, number of the first message, highest number received, messages ]
 
+What was submitted is kept until the peer has acknowledged it, and `resume` returns it for a new link. That is the reply
+cache as well: a query that is sent again is dropped by its number, and its answer, if the asker has not acknowledged it, is
+sent again. So nothing is executed twice, and nothing but numbers is compared.
+
 No I/O happens here: packets go in, messages come out, and the other way round.
 """
 
@@ -38,7 +42,9 @@ class Session:
         self.taken = 0
         self._limit = limits.commands_in_flight
         self._waiting: list[Any] = []
-        self._packed: deque[tuple[int, list[Any]]] = deque()
+        self._packed: deque[list[Any]] = deque()
+        self._room = 0
+        self._told = 0
         self._owes_acknowledgement = False
 
     def submit(self, message: list[Any]) -> int:
@@ -54,19 +60,29 @@ class Session:
 
     @property
     def full(self) -> bool:
-        """Whether the peer must acknowledge before more may be submitted."""
-        return self.submitted - self.acknowledged >= self._limit
+        """Whether the peer must acknowledge before more may be submitted.
+
+        An acknowledgement that `resume` was told makes no room: only one that came in a packet, behind the answers to what
+        it acknowledges, shows that these have come too. Or the peer's answers would add up while links keep breaking.
+        """
+        return self.submitted - self._room >= self._limit
+
+    @property
+    def owed(self) -> int:
+        """How many messages were taken since the peer was last told."""
+        return self.taken - self._told
 
     def pack(self) -> list[Any] | None:
         """Return the next packet, or None if there is nothing to say."""
         if not self._waiting and not self._owes_acknowledgement:
             return None
         messages, self._waiting = self._waiting, []
-        first = self.submitted - len(messages) + 1
+        packet = [self.remote, self.submitted - len(messages) + 1, self.taken, messages]
         if messages:
-            self._packed.append((first, messages))
+            self._packed.append(packet)
         self._owes_acknowledgement = False
-        return [self.remote, first, self.taken, messages]
+        self._told = self.taken
+        return packet
 
     def resume(self, taken: int) -> list[list[Any]]:
         """Return the packets to send again on a new link.
@@ -75,41 +91,49 @@ class Session:
             taken: What the peer says it has taken.
 
         Raises:
-            ProtocolError: It cannot have taken that much.
+            ProtocolError: It cannot have taken that, or has acknowledged more: it has forgotten, and what it lacks is gone.
         """
+        self._check(taken)
+        if taken < self.acknowledged:
+            raise ProtocolError(f"message {self.acknowledged} was acknowledged, and now only {taken} is known to have come")
         self._acknowledge(taken)
-        return [[self.remote, first, self.taken, messages] for first, messages in self._packed]
+        self._owes_acknowledgement = True
+        return list(self._packed)
 
     def receive(self, packet: Any) -> list[tuple[int, list[Any]]]:
         """Return the new messages of a packet with their numbers, in order.
 
         Raises:
             StaleIncarnationError: It is meant for an earlier life of this process.
-            ProtocolError: It is not a packet, or one before it is missing.
+            ProtocolError: It is not a packet, or one before it is missing. It has changed nothing.
         """
         if not isinstance(packet, list) or len(packet) != 4:
             raise ProtocolError("a packet must be a list of four items")
         incarnation, first, acknowledged, messages = packet
-        if type(first) is not int or type(acknowledged) is not int or not isinstance(messages, list):
+        if type(first) is not int or type(acknowledged) is not int or type(messages) is not list:
             raise ProtocolError("a packet must be [bytes, int, int, list]")
         if incarnation != self.local:
             raise StaleIncarnationError("a packet for an earlier life of this process was dropped")
+        if messages and not 1 <= first <= self.taken + 1:
+            raise ProtocolError(f"message {self.taken + 1} is next, and a packet begins with {first}")
+        self._check(acknowledged)
         self._acknowledge(acknowledged)
+        self._room = max(self._room, acknowledged)
         if not messages:
             return []
-        if first > self.taken + 1 or first < 1:
-            raise ProtocolError(f"messages {self.taken + 1} to {first - 1} are missing")
         self._owes_acknowledgement = True
         fresh = messages[self.taken + 1 - first :]
         numbered = list(enumerate(fresh, self.taken + 1))
         self.taken += len(fresh)
         return numbered
 
-    def _acknowledge(self, number: int) -> None:
-        if number > self.submitted - len(self._waiting):
+    def _check(self, number: int) -> None:
+        if not 0 <= number <= self.submitted - len(self._waiting):
             raise ProtocolError(f"message {number} is acknowledged and was never sent")
+
+    def _acknowledge(self, number: int) -> None:
         if number <= self.acknowledged:
             return
         self.acknowledged = number
-        while self._packed and self._packed[0][0] + len(self._packed[0][1]) - 1 <= number:
+        while self._packed and self._packed[0][1] + len(self._packed[0][3]) - 1 <= number:
             self._packed.popleft()
