@@ -6,9 +6,15 @@ A top-level module: the package `farpoint` imports torch, which takes seconds, a
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Annotated
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
+
+DEPENDENCIES: Final = ("attrs", "msgpack", "pluggy", "rich", "typer", "websockets")
 
 app = typer.Typer(
     name="farpoint",
@@ -41,11 +47,14 @@ def tutorial(
     ] = None,
 ) -> None:
     """Send, move, add and fetch tensors between two workers in this process, and show where everything is."""
-    from farpoint.errors import FarpointError
+    from farpoint.errors import FarpointError, PluginError
     from farpoint.tutorial import run
 
     try:
         run(serializer, typer.echo)
+    except PluginError as error:
+        # An unknown name is a mistake in what was typed: exit code 2, as for an unknown option.
+        raise typer.BadParameter(str(error), param_hint="--serializer, or FARPOINT_SERIALIZER") from error
     except FarpointError as error:
         typer.echo(f"farpoint tutorial: {error}", err=True)
         raise typer.Exit(1) from error
@@ -53,29 +62,72 @@ def tutorial(
 
 @app.command()
 def plugins() -> None:
-    """List installed plugins: kind, name, distribution; and those that could not be loaded, with the reason."""
-    from farpoint.plugins.manager import GROUP, PluginManager
+    """List installed plugins: kind, name, distribution; and what is broken, with the reason."""
+    from farpoint.plugins import plugins as manager
 
-    rows: list[tuple[str, str, str]] = []
-    broken: list[tuple[str, str, Exception]] = []
-    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
-        distribution = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
-        # A manager for each: two plugins that clash are both listed, and each name is traced to who provides it.
-        alone = PluginManager(discover=False)
-        try:
-            alone.register(entry.load(), entry.name)
-            rows += [("transport", record.name, distribution) for record in alone.transports()]
-            rows += [("serializer", name, distribution) for name in alone.serializer_names()]
-            rows += [("store", name, distribution) for name in alone.store_names()]
-            rows += [("operators", record.name, distribution) for record in alone.operators()]
-        except Exception as error:  # whatever a stranger's module raises is what the user wants to read
-            broken.append((entry.name, distribution, error))
-    for kind, name, distribution in sorted(rows):
+    rows = sorted((found.kind, found.name, found.distribution) for found in manager.provided())
+    for kind, name, distribution in rows:
         typer.echo(f"{kind:<11} {name:<14} {distribution}")
-    for name, distribution, reason in broken:
-        typer.echo(f"{'broken':<11} {name:<14} {distribution}: {type(reason).__name__}: {reason}")
-    if not rows and not broken:
+    for problem in manager.problems():
+        typer.echo(f"{'broken':<11} {problem}")
+    if not rows:
         typer.echo("no plugins: is farpoint installed? (pip install -e . registers its own)")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, and whether every plugin works. The exit code is 1 if something is broken."""
+    typer.echo(f"python      {platform.python_version()}   {sys.executable}")
+    broken = []
+    for distribution in ("farpoint", "torch", *DEPENDENCIES):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            broken.append(f"{distribution} is not installed: pip install {distribution}")
+        else:
+            typer.echo(f"{distribution:<11} {version}")
+    try:
+        import farpoint
+    except Exception as error:  # torch may be missing, or not fit this machine
+        broken.append(f"farpoint cannot be imported: {type(error).__name__}: {error}")
+    else:
+        typer.echo(f"imported    {Path(farpoint.__file__).parent}")
+        broken += _check_plugins()
+    for problem in broken:
+        typer.echo(f"broken      {problem}", err=True)
+    if broken:
+        raise typer.Exit(1)
+    typer.echo("all is well")
+
+
+def _check_plugins() -> list[str]:
+    """Make what plugins provide, and return what went wrong. Stores are not made: they may write to disk."""
+    from farpoint.errors import PluginError
+    from farpoint.limits import DEFAULT_LIMITS
+    from farpoint.operations import names
+    from farpoint.plugins import plugins as manager
+
+    broken = [str(problem) for problem in manager.problems()]
+    for found in manager.provided():
+        typer.echo(f"{found.kind:<11} {found.name:<14} {found.distribution}")
+        try:
+            if found.kind == "transport":
+                manager.transport(f"{found.record.schemes[0]}://")
+            elif found.kind == "serializer":
+                manager.serializer(found.name, DEFAULT_LIMITS)
+            elif found.kind == "operator":
+                names()
+        except PluginError as error:
+            if str(error) not in broken:  # a name that two provide is on the list already
+                broken.append(str(error))
+    for variable, known in (
+        ("FARPOINT_SERIALIZER", manager.serializer_names()),
+        ("FARPOINT_STORE", manager.store_names()),
+    ):
+        chosen = os.environ.get(variable)
+        if chosen and chosen not in known:
+            broken.append(f"{variable}={chosen}: the names are {', '.join(known)}")
+    return broken
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from farpoint.limits import Limits
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.worker import Worker
-from wire import LateTransport, RawClient, check_books, late_links
+from wire import LateTransport, RawClient, check_books, error_of, late_links
 
 farpoint.TorchHook(torch)
 names = itertools.count()
@@ -205,7 +205,7 @@ class TestMiddle:
             (number,) = mallory.say([int(Kind.RUN), 0, [7, 1], [0]])
             if number in mallory.answers:
                 kind, failure = mallory.answers[number]
-                assert (kind, failure["error"]) == (Kind.FAILURE, "LimitError")
+                assert (kind, error_of(failure)) == (Kind.FAILURE, "LimitError")
                 assert bob.id in failure["text"]
                 refused += 1
         taken = 10 * WINDOW - refused

@@ -22,11 +22,13 @@ import torch
 import farpoint
 from farpoint import RemoteWorker, executor
 from farpoint.limits import Limits
+from farpoint.listing import fetch_listing
 from farpoint.plugins import hookimpl, plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import FAILURE
-from farpoint.worker import StoredPointer, Worker
-from wire import RawClient, check_books, check_idle, kind_error, odd_values
+from farpoint.stored import StoredPointer
+from farpoint.worker import Worker
+from wire import RawClient, check_books, check_idle, error_of, kind_error, odd_values, traceback_of
 
 numbers = itertools.count()
 SEEDS = 250
@@ -95,6 +97,7 @@ class _NoClearing:
 def work(bob: RemoteWorker, alice: RemoteWorker) -> None:
     """Do everything that a client does."""
     send = farpoint.send
+    fetch_listing(bob.peer)
     x = send(torch.arange(6.0).reshape(2, 3), bob)
     w: Any = send(torch.ones(3, 2).requires_grad_(), bob)
     y: Any = (x @ w).relu() + 1.5
@@ -102,6 +105,7 @@ def work(bob: RemoteWorker, alice: RemoteWorker) -> None:
     y[0].mul_(2)
     torch.cat([x, x * 2j.real]).t()
     x.nonzero()
+    bob.peer.request([int(Kind.DESCRIBE), [x.id_at_location]])
     torch.unique(x, return_inverse=True)
     p: Any = send(x, alice)
     q: Any = p + p * 2
@@ -225,12 +229,12 @@ def own(message: Any, honest: set[int]) -> bool:
 def check_failure(message: Any, failure: Any) -> None:
     FAILURE.check_map(failure)
     assert kind_error(failure["kind"]), failure
-    if kind_error(failure["error"]):
+    if kind_error(error_of(failure)):
         return
     # Torch's own, raised by an operation about its operands: now, or when what is asked for now was computed.
-    frames = [line.split('"')[1] for line in failure["traceback"].splitlines() if line.startswith('  File "')]
-    called = frames[-1:] == [executor.__file__] and "operation.call(" in failure["traceback"]
-    assert called or (frames and frames[-1].startswith(_TORCH)), (message, failure["traceback"])
+    frames = [line.split('"')[1] for line in traceback_of(failure).splitlines() if line.startswith('  File "')]
+    called = frames[-1:] == [executor.__file__] and "operation.call(" in traceback_of(failure)
+    assert called or (frames and frames[-1].startswith(_TORCH)), (message, traceback_of(failure))
 
 
 def honest_client(workers: list[Worker], serializer: str) -> list[RawClient]:
@@ -292,7 +296,7 @@ def test_distorted_traffic(stage: tuple[str, Traffic, list[Worker]], watched: No
     for worker in workers:
         check_idle(worker)
         assert set(worker.store) <= objects
-    assert min(outcomes.values()) > 0 and outcomes["executed"] > 20 * SEEDS, outcomes
+    assert outcomes["answers"] and outcomes["failures"] and outcomes["executed"] > 20 * SEEDS, outcomes
     for client in honest:
         client.close()
 
@@ -305,7 +309,7 @@ def test_traffic_without_faults_is_answered(stage: tuple[str, Traffic, list[Work
         (number,) = clients[place].say(message)
         kind, content = clients[place].answers.get(number, [None, None])
         if kind == Kind.FAILURE:
-            failed.append((Kind(message[0]).name, content["error"]))
+            failed.append((Kind(message[0]).name, error_of(content)))
     assert set(failed) <= {
         # Alice chooses new ids on bob each time.
         ("CLAIM", "ObjectNotFoundError"),

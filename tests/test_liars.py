@@ -175,11 +175,11 @@ class TestWorkersThatLie:
             [65, 1, {}],
             [65, 1, []],
             [65, 1, {"uid": 1, "kind": "X"}],
-            [65, 99, {"uid": 5, "kind": "k", "error": "e", "text": "t", "worker": "w", "operation": "o", "traceback": ""}],
-            [65, 1, {"uid": "5", "kind": "k", "error": "e", "text": "t", "worker": "w", "operation": "o", "traceback": ""}],
-            [65, 1, {"uid": 5, "kind": ["k"], "error": "e", "text": "t", "worker": "w", "operation": "o", "traceback": ""}],
-            [65, 1, {"uid": 5, "kind": "k", "error": "e", "text": "t" * 501, "worker": "w", "operation": "o", "traceback": ""}],
-            [65, 1, {"uid": 5, "kind": "k", "error": "e", "text": "t", "worker": "w", "operation": "o", "traceback": "t" * 8001}],
+            [65, 99, {"uid": 5, "kind": "k", "text": "t", "worker": "w", "operation": "o", "evidence": {}, "orphan": False}],
+            [65, 1, {"uid": "5", "kind": "k", "text": "t", "worker": "w", "operation": "o", "evidence": {}, "orphan": False}],
+            [65, 1, {"uid": 5, "kind": ["k"], "text": "t", "worker": "w", "operation": "o", "evidence": {}, "orphan": False}],
+            [65, 1, {"uid": 5, "kind": "k", "text": "t" * 501, "worker": "w", "operation": "o", "evidence": {}, "orphan": False}],
+            [65, 1, {"uid": 5, "kind": "k", "text": "t", "worker": "w", "operation": "o", "evidence": [], "orphan": False}],
             b"",
             b"\xc1",
             b"\x94\x00\x01\x00\x90",
@@ -199,7 +199,7 @@ class TestWorkersThatLie:
     def test_a_failure_of_any_class_is_an_error_of_ours(self, honest: Any) -> None:
         kinds = ["FarpointError", "TypeError", "SystemExit", "PointerSpentError", "QuotaError", "__import__", "", "MalformedMessageError"]
         for kind in kinds:
-            failure = {"uid": next(numbers) + 1, "kind": kind, "error": kind, "text": "t", "worker": "w", "operation": "o", "traceback": ""}
+            failure = {"uid": next(numbers) + 1, "kind": kind, "text": "t", "worker": "w", "operation": "o", "evidence": {}, "orphan": False}
             liar, handle = self.connect(lambda number, command, failure=failure: [[int(Kind.FAILURE), number, failure]])
             pointer = farpoint.send(torch.ones(2), handle)
             with pytest.raises(FarpointError) as raised:
@@ -223,7 +223,7 @@ class TestWorkersThatLie:
 
     def test_errors_are_not_kept_without_end(self, honest: Any) -> None:
         def answer(number: int, message: list[Any]) -> list[Any]:
-            failure = {"kind": "X", "error": "X", "text": "t", "worker": "w", "operation": "o", "traceback": "", "orphan": True}
+            failure = {"kind": "X", "text": "t", "worker": "w", "operation": "o", "evidence": {}, "orphan": True}
             return [[int(Kind.FAILURE), number, {**failure, "uid": uid}] for uid in range(next(numbers) * 6000 + 1, 2**62)[:6000]]
 
         kept = dict(farpoint.me().failures)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from farpoint.protocol.messages import Kind
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CI = ROOT / ".ci" / "run"
@@ -48,3 +50,21 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [example] = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
     exec(compile(example, str(README), "exec"), {"__name__": "example"})  # noqa: S102 (it is our own text)
     assert capsys.readouterr().out.endswith("tensor([2, 4, 6, 8])\n")
+
+
+def test_the_examples_in_the_docs_run() -> None:
+    page = (ROOT / "docs" / "workers.md").read_text()
+    namespace = {"__name__": "example"}
+    for example in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(example, "workers.md", "exec"), namespace)  # noqa: S102 (it is our own text)
+
+
+def test_the_protocol_page_lists_every_message() -> None:
+    rows = re.findall(r"^\| ([A-Z]+) \| (\d+) \|", (ROOT / "docs" / "protocol.md").read_text(), re.MULTILINE)
+    assert {name: int(number) for name, number in rows} == {kind.name: kind.value for kind in Kind}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [README, *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)

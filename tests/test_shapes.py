@@ -19,6 +19,7 @@ from wire import (
     SPEC,
     RawClient,
     check_books,
+    error_of,
     new_worker,
     odd_values,
     stocked,
@@ -43,6 +44,8 @@ def samples() -> dict[int, list[Any]]:
         Kind.SYNC: [Kind.SYNC, []],
         Kind.DESCRIBE: [Kind.DESCRIBE, [1]],
         Kind.TRANSFER: [Kind.TRANSFER, "Commit", [7], None],
+        Kind.LIST: [Kind.LIST, 0],
+        Kind.LOCATE: [Kind.LOCATE, 1],
     }
 
 
@@ -115,7 +118,7 @@ class TestShapes:
         (number,) = mallory.say(plain(samples()[kind]))
         answered, content = mallory.answers.get(number, [None, None])
         if kind in expected:
-            assert content["error"] == expected[kind]
+            assert error_of(content) == expected[kind]
         elif kind in ANSWERS or kind == Kind.FETCH:
             assert answered == Kind.ANSWER
         else:

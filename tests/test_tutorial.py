@@ -6,10 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from farpoint.tutorial import run
-from farpoint_cli import app
 
 
 def steps(lines: list[str]) -> dict[str, list[str]]:
@@ -48,21 +46,6 @@ def test_stores(serializer: str) -> None:
     moved = "\n".join(shown["x = x.move(alice); x"])
     assert "bob:   nothing" in moved
     assert "tensor([1, 2, 3, 4, 5])" in moved
-
-
-def test_an_unknown_serializer_is_named() -> None:
-    result = CliRunner().invoke(app, ["tutorial", "--serializer", "morse"])
-    assert result.exit_code == 1
-    assert "morse" in result.output
-
-
-def test_help_does_not_import_torch() -> None:
-    script = (
-        "import sys, farpoint_cli\n"
-        "try:\n    farpoint_cli.app(['--help'])\n"
-        "except SystemExit:\n    sys.exit('torch' in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 def test_the_pytest_plugin_does_not_import_torch() -> None:

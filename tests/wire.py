@@ -21,8 +21,9 @@ from farpoint.plugins import TransportPlugin, hookimpl, plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.serializer import Frame
+from farpoint.stored import StoredPointer
 from farpoint.transport import Accept, Link, Listener, Receiver, Transport
-from farpoint.worker import StoredPointer, Worker
+from farpoint.worker import Worker
 
 SPEC = [[2], [1], 0, "float32", False, False]
 """The metadata of two floats."""
@@ -38,6 +39,16 @@ _numbers = itertools.count()
 def odd_values() -> list[Any]:
     """Return values of every kind that travels, most of them out of place wherever they are put."""
     return [*_ODD, torch.ones(2), [torch.ones(1)], {"t": torch.zeros(0)}]
+
+
+def error_of(failure: dict[str, Any]) -> str:
+    """Return the class of what was raised."""
+    return str(failure["evidence"].get("error", failure["kind"]))
+
+
+def traceback_of(failure: dict[str, Any]) -> str:
+    """Return the traceback over there, if it came along."""
+    return str(failure["evidence"].get("remote_traceback", ""))
 
 
 class RawClient:
@@ -121,7 +132,7 @@ class RawClient:
         (number,) = self.say(message)
         kind, failure = self.answers.get(number, [0, None])
         assert kind == Kind.FAILURE, f"{message!r:.200} did not fail: {failure}"
-        return failure["error"], failure["text"]
+        return error_of(failure), failure["text"]
 
     def close(self) -> None:
         self.link.close()
@@ -210,7 +221,7 @@ def stocked(client: RawClient, first: int = 1, second: int = 2) -> RawClient:
 
 def new_worker(name: str = "bob", limits: Limits = DEFAULT_LIMITS) -> Worker:
     """Return a worker of a name of its own that nobody has reached yet."""
-    name = f"{name}-{next(_numbers)}"
+    name = f"{name}-{next(_numbers)}.raw"
     return Worker(name, f"virtual://{name}", ["msgpack"], limits=limits)
 
 

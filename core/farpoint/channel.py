@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from farpoint.errors import DecodeError, FarpointError, ProtocolError, TransportError, WorkerLostError
+from farpoint.errors import (
+    DecodeError,
+    FarpointError,
+    ForkedPointerError,
+    ProtocolError,
+    TransportError,
+    WorkerLostError,
+)
 from farpoint.protocol.session import Session
 from farpoint.serializer import Frame, Serializer
 from farpoint.transport import Link
@@ -57,6 +65,7 @@ class Channel:
         self._out: deque[list[Frame]] = deque()
         self._writing = False
         self.link: Link | None = None
+        _channels.add(self)
 
     def open(self, link: Link, session: Session, serializer: Serializer) -> None:
         """Begin to speak."""
@@ -70,13 +79,21 @@ class Channel:
         Raises:
             WorkerLostError: The link is gone.
             ProtocolError: It was closed because the peer broke the protocol.
+            ForkedPointerError: It belongs to the process that this one was forked from.
         """
         if self.lost is not None:
             raise self.ended()
         return self.session.submit(message)
 
+    @property
+    def inherited(self) -> bool:
+        """Whether the link belongs to the process that this one was forked from."""
+        return isinstance(self.lost, ForkedPointerError)
+
     def ended(self) -> FarpointError:
-        """Return the error for whoever still wants something over this link."""
+        """Return the error for whoever needs a link that is gone. Each gets one of its own: a traceback keeps what it refers to."""
+        if isinstance(self.lost, ForkedPointerError):
+            return ForkedPointerError(self.lost.pointer)
         if isinstance(self.lost, ProtocolError | DecodeError):
             return ProtocolError(f"{self.name} broke the protocol, and the link to it was closed: {self.lost}")
         return WorkerLostError(self.name, str(self.lost))
@@ -144,3 +161,17 @@ class Channel:
                 self.lost = cause
         if self.link is not None:
             self.link.close()
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def disown_channels() -> None:
+    """Mark every channel as the parent's, in a child that was just forked.
+
+    Nothing is written to the links, nor are they closed: the parent goes on speaking over them. A lock may have been held by a
+    thread that does not exist here, so each channel gets a new one.
+    """
+    for channel in list(_channels):
+        channel.lock = threading.RLock()
+        channel.lost = ForkedPointerError(f"a pointer to {channel.name}")

@@ -1,6 +1,7 @@
-"""Every error that farpoint raises.
+"""Every error that farpoint raises. `docs/errors.md` says of each when, and what to do.
 
-The message of each is built from its attributes, and says what was asked, what exists and what to type next::
+The message of each is built from its attributes, which are the arguments of its class, and says what was asked, what exists and
+what to type next::
 
     FarpointError
     ├── PointerError (RuntimeError)         a pointer cannot be used like that
@@ -16,6 +17,7 @@ The message of each is built from its attributes, and says what was asked, what 
     ├── PermissionDeniedError (PermissionError)
     │   ├── OperationNotAllowedError          the operation is outside the worker's table
     │   └── GetNotPermittedError              the worker's policy keeps the value
+    ├── InvalidNameError (ValueError)       a worker id, a tag or a search that is none
     ├── EncodeError (ValueError)            a value that cannot travel
     ├── DecodeError (ValueError)            bytes that are not what a peer of ours writes
     │   └── LimitError                        ... or more of them than is allowed
@@ -27,6 +29,8 @@ The message of each is built from its attributes, and says what was asked, what 
     ├── SynchronizationTimeoutError (TimeoutError)  nothing arrived for too long
     └── PluginError (RuntimeError)          a plugin is missing, broken or clashes with another
 
+    UnseenErrorWarning (UserWarning)        errors that nobody looked at before their worker was closed
+
 None of them derives from `TypeError`: torch turns a `TypeError` raised below an arithmetic dunder into
 `NotImplemented`, and `p == 1` would quietly be `False`.
 """
@@ -34,10 +38,32 @@ None of them derives from `TypeError`: torch turns a `TypeError` raised below an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class FarpointError(Exception):
-    """Base of all errors of farpoint."""
+    """Base of all errors of farpoint.
+
+    They survive pickling and copying, which lose the arguments of other exceptions that take more than one.
+
+    Attributes:
+        origin: Name of the worker that raised it; empty if this process did.
+        line: File and line that issued what failed there, where known.
+    """
+
+    origin: str = ""
+    line: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+def _rebuild(kind: type[FarpointError], args: tuple[Any, ...], attributes: dict[str, Any]) -> FarpointError:
+    """Return an error as it was, without building its message again."""
+    error = kind.__new__(kind)
+    BaseException.__init__(error, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class PointerError(FarpointError, RuntimeError):
@@ -150,7 +176,7 @@ class WorkerNotFoundError(FarpointError, LookupError):
         exists = ", ".join(self.known) or "none"
         super().__init__(
             f"no worker {name!r} is known here (known: {exists}). "
-            f"Make one with farpoint.VirtualWorker(id={name!r}), or reach one with farpoint.connect(url)."
+            f"Make one with farpoint.VirtualWorker(id={name!r}), or reach one with farpoint.RemoteWorker({name!r}, url)."
         )
 
 
@@ -166,7 +192,8 @@ class WorkerLostError(FarpointError, ConnectionError):
         self.worker = worker
         self.cause = cause
         super().__init__(
-            f"{worker} cannot be reached any more: {cause}. Pointers to it are lost; connect again and send the data again."
+            f"{worker} cannot be reached any more: {cause}. "
+            "Pointers to it are lost: connect again, and send the data again."
         )
 
 
@@ -199,7 +226,8 @@ class RemoteExecutionError(FarpointError, RuntimeError):
         behind = f"\n\nThe traceback on {worker}:\n{remote_traceback}" if remote_traceback else ""
         super().__init__(
             f"{issued}{operation} failed on {worker}: {error}: {text}\n"
-            f"Its results, and whatever was computed from them, carry this error.{behind}"
+            "Its results, and whatever was computed from them, carry this error: "
+            f"correct that call, and compute them again.{behind}"
         )
 
 
@@ -212,27 +240,70 @@ class PermissionDeniedError(FarpointError, PermissionError):
         reason: Why not.
     """
 
+    advice = "Ask whoever runs {worker} to permit it."
+
     def __init__(self, worker: str, action: str, reason: str) -> None:
         self.worker = worker
         self.action = action
         self.reason = reason
-        super().__init__(f"{worker} does not permit {action}: {reason}")
+        super().__init__(
+            f"{worker} does not permit {action}: {reason}. Nothing has happened there. {self.advice.format(worker=worker)}"
+        )
 
 
 class OperationNotAllowedError(PermissionDeniedError):
     """The operation is outside the table of what a worker executes."""
 
+    advice = "Write it with operations of the table, or get() the operands and compute here."
+
 
 class GetNotPermittedError(PermissionDeniedError):
     """The worker's policy keeps the value where it is."""
 
+    advice = "Ask whoever runs {worker} to permit it, or get() a result that may leave."
+
+
+class InvalidNameError(FarpointError, ValueError):
+    """A worker id, a tag, a description or a search is not what it must be.
+
+    Attributes:
+        kind: `worker id`, `tag`, `tags`, `description` or `search`.
+        name: What was given.
+        reason: What is wrong with it, and what would be right.
+    """
+
+    def __init__(self, kind: str, name: str, reason: str) -> None:
+        self.kind = kind
+        self.name = name
+        self.reason = reason
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        super().__init__(f"{shown!r} cannot be a {kind}: use {reason}.")
+
 
 class EncodeError(FarpointError, ValueError):
-    """A value cannot travel."""
+    """A value cannot travel.
+
+    Attributes:
+        reason: Why not.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}. Convert it first: plain data and dense CPU tensors travel.")
 
 
 class DecodeError(FarpointError, ValueError):
-    """Bytes are not what a peer of ours writes."""
+    """Bytes are not what a peer of ours writes.
+
+    Attributes:
+        reason: What was found.
+    """
+
+    advice = "The other side is not farpoint, or another version of it: compare `farpoint --version` on both sides."
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}. {self.advice}")
 
 
 class LimitError(DecodeError):
@@ -248,7 +319,8 @@ class LimitError(DecodeError):
         self.limit = limit
         self.allowed = allowed
         self.found = found
-        super().__init__(f"{found} exceeds the limit {limit}={allowed}; the receiver may raise it with Limits({limit}=...)")
+        self.advice = f"Send less at once, or let the receiver raise it with Limits({limit}=...)."
+        super().__init__(f"{found} exceeds the limit {limit}={allowed}")
 
 
 class QuotaError(FarpointError, RuntimeError):
@@ -273,7 +345,17 @@ class QuotaError(FarpointError, RuntimeError):
 
 
 class ProtocolError(FarpointError, RuntimeError):
-    """The peer broke the protocol."""
+    """The peer broke the protocol.
+
+    Attributes:
+        reason: What it said, and what it should have.
+    """
+
+    advice = "Compare `farpoint --version` on both sides; if they agree, this is a bug: please report it."
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}. {self.advice}")
 
 
 class MalformedMessageError(ProtocolError):
@@ -297,6 +379,8 @@ class MalformedMessageError(ProtocolError):
 class StaleIncarnationError(ProtocolError):
     """A message is meant for an earlier life of this process, and was dropped."""
 
+    advice = "Connect again, and send the data again."
+
 
 class TransportError(FarpointError, ConnectionError):
     """A link could not be made, or broke.
@@ -304,12 +388,14 @@ class TransportError(FarpointError, ConnectionError):
     Attributes:
         url: Where the link leads.
         cause: What went wrong.
+        fix: What to do about it.
     """
 
-    def __init__(self, url: str, cause: str) -> None:
+    def __init__(self, url: str, cause: str, fix: str = "repeat the call once the other side can be reached") -> None:
         self.url = url
         self.cause = cause
-        super().__init__(f"{url}: {cause}")
+        self.fix = fix
+        super().__init__(f"{url}: {cause}; {fix}.")
 
 
 class SynchronizationTimeoutError(FarpointError, TimeoutError):
@@ -334,12 +420,28 @@ class PluginError(FarpointError, RuntimeError):
         name: The name that was asked for.
         reason: What is wrong.
         available: The names that exist.
+        fix: What to type.
     """
 
-    def __init__(self, kind: str, name: str, reason: str, available: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        reason: str,
+        available: Sequence[str] = (),
+        fix: str = "`farpoint plugins` lists what is installed, and what is broken",
+    ) -> None:
         self.kind = kind
         self.name = name
         self.reason = reason
         self.available = tuple(available)
+        self.fix = fix
         exists = f" Available: {', '.join(self.available)}." if self.available else ""
-        super().__init__(f"{kind} {name!r}: {reason}.{exists}")
+        super().__init__(f"{kind} {name!r}: {reason}.{exists} What to do: {fix}.")
+
+
+class UnseenErrorWarning(UserWarning):
+    """Operations have failed on a worker, and nobody looked at their results before it was closed.
+
+    Raised as a warning by `worker.close()`, or when the process ends; each error is reported once.
+    """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from farpoint.errors import NotColocatedError, PointerSpentError, ValueNotHereError
+from farpoint.errors import FarpointError, NotColocatedError, PointerSpentError, ValueNotHereError
 from farpoint.provenance import spell
 from farpoint.route import SPENT
 
@@ -121,8 +121,11 @@ def first_pointer(pointers: Any, args: Sequence[Any], kwargs: Mapping[str, Any] 
     return found
 
 
-def elsewhere(func: Any, first: PointerTensor, second: PointerTensor) -> NotColocatedError:
-    """Return the error for two pointers that do not meet."""
+def elsewhere(func: Any, first: PointerTensor, second: PointerTensor) -> FarpointError:
+    """Return the error for two pointers that do not meet: another place, or the same one in another life."""
+    for pointer in (first, second):
+        if pointer._route.peer.channel.lost is not None:
+            return pointer._route.peer.channel.ended()
     one, other = (" -> ".join(("me", *p._route.workers)) for p in (first, second))
     fix = f"move one of them with p.move({first._route.workers[-1]}), or get() both"
     return NotColocatedError(getattr(func, "__name__", str(func)), f"at {one}", f"at {other}", fix)

@@ -2,67 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 
 from farpoint import gate
-from farpoint.channel import LARGE
-from farpoint.errors import MalformedMessageError, PointerError
-from farpoint.limits import DEFAULT_LIMITS
+from farpoint.catalogue import note_of, write_note
+from farpoint.channel import BATCH, LARGE
+from farpoint.errors import MalformedMessageError
+from farpoint.names import check_note
 from farpoint.pointer import PointerTensor, spend
 from farpoint.protocol.messages import Kind
-from farpoint.protocol.shapes import NAME, brief
+from farpoint.protocol.shapes import brief
 from farpoint.provenance import caller
 from farpoint.remote import RemoteWorker, me, resolve
 from farpoint.route import route_of
-from farpoint.spec import spec_from_wire, spec_of
-from farpoint.store import NO_ANNOTATION, Annotation
+from farpoint.spec import spec_of
 from farpoint.tensors import dense
 from farpoint.worker import Worker
 
-_NOTES = "_farpoint_annotation"
-
-
-def note_of(tensor: torch.Tensor) -> Annotation:
-    """Return the tags and the description of a tensor or pointer."""
-    note: Annotation = tensor.__dict__.get(_NOTES, NO_ANNOTATION)
-    return note
-
-
-def annotate(
-    tensor: Any, tags: Iterable[str] | None = None, description: str | None = None
-) -> Any:
-    """Write tags or a description on a tensor, which travel with it, or on the object of a pointer.
-
-    Raises:
-        ValueError: A tag is none that travels, or there are too many, or the description is too long.
-    """
-    note = note_of(tensor)
-    if tags is not None:
-        chosen = frozenset(tags)
-        for tag in chosen:
-            if not NAME.holds(tag) or not tag.startswith("#") or len(tag) > DEFAULT_LIMITS.name_chars:
-                raise ValueError(
-                    f"{tag!r} is no tag: a tag begins with #, has at most {DEFAULT_LIMITS.name_chars} characters, and they are "
-                    "of A-Z a-z 0-9 _ . : # -"
-                )
-        if len(chosen) > DEFAULT_LIMITS.tags:
-            raise ValueError(f"these are {len(chosen)} tags: an object has at most {DEFAULT_LIMITS.tags}")
-        note = attrs.evolve(note, tags=chosen)
-    if description is not None:
-        if len(description) > DEFAULT_LIMITS.description_chars:
-            raise ValueError(
-                f"a description has at most {DEFAULT_LIMITS.description_chars} characters, and this one {len(description)}"
-            )
-        note = attrs.evolve(note, description=description)
-    tensor.__dict__[_NOTES] = note
-    if isinstance(tensor, PointerTensor):
-        reference = gate.check_live(tensor)
-        reference.peer.tell([int(Kind.TAG), reference.id, sorted(note.tags), note.description])
-    return tensor
+if TYPE_CHECKING:
+    from farpoint.peer import Reference
 
 
 def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: bool | None = None) -> PointerTensor:
@@ -84,7 +44,7 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
     note = note_of(tensor)
     about = [sorted(note.tags), note.description]
     if isinstance(tensor, PointerTensor):
-        reference = gate.check_live(tensor)
+        reference = _reachable(tensor)
         # A pointer leaves only when what it points at is known to exist.
         tensor._route.synchronize()
         through = reference.peer
@@ -93,6 +53,8 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
             [int(Kind.LINK), object_id, through.name, through.url, reference.id, tensor._spec.to_wire(), *about],
             keep=reference,
         )
+        if peer.channel.session.waiting >= BATCH:
+            peer.flush()
         route, spec = route_of(peer, *tensor._route.workers), tensor._spec
     else:
         plain = dense(tensor)
@@ -101,14 +63,23 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         route, spec = route_of(peer), spec_of(plain)
         route.order()
         object_id = peer.new_id()
-        peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller())
-        if plain.numel() * plain.itemsize >= LARGE:
+        nbytes = plain.numel() * plain.itemsize
+        peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller(), nbytes)
+        if nbytes >= LARGE:
             peer.flush()
     pointer = PointerTensor.wrap(route, peer.refer(object_id), spec, bool(wants_grad))
-    pointer.__dict__[_NOTES] = note
+    write_note(pointer, note)
     if tensor.is_leaf and tensor.grad is not None:
         pointer.grad = send(tensor.grad, target)
     return pointer
+
+
+def _reachable(pointer: PointerTensor) -> Reference:
+    """Return the reference of a pointer that is neither spent nor lost: a new worker may have the name of the old one."""
+    reference = gate.check_live(pointer)
+    if reference.peer.channel.lost is not None:
+        raise reference.peer.channel.ended()
+    return reference
 
 
 def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
@@ -135,15 +106,18 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     result: torch.Tensor
     if answer[0] == "pointer":
         _, name, url, target, _, tags, description = answer
+        note = check_note(tags, description)
         through = me().peer(name, url)
         route = route_of(through, *workers[2:])
-        # The reference to the pointer over there pins its target until we are listed as a holder ourselves.
+        # The reference to the pointer over there pins its target until we are listed as a holder ourselves. If we are not, nothing
+        # has changed.
         claimed = through.refer(target, claimed=True)
-        through.ask([int(Kind.CLAIM), target], keep=reference)
+        through.request([int(Kind.CLAIM), target])
         result = PointerTensor.wrap(route, claimed, pointer._spec, wants_grad)
         route.order()
     else:
         _, value, _, tags, description = answer
+        note = check_note(tags, description)
         # The shape may be another one than this pointer knows, after `t_()` through another pointer to the object.
         if value.dtype != pointer._spec.dtype:
             wanted = f"a tensor of {pointer._spec.dtype}"
@@ -154,7 +128,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
             if fetched.shape != result.shape:
                 raise peer.broke(MalformedMessageError("ANSWER to FETCH", "the gradient", brief(result), brief(fetched)))
             result.grad = fetched
-    result.__dict__[_NOTES] = Annotation(frozenset(tags), description)
+    write_note(result, note)
     if not keep:
         del reference
         spend(pointer, "get")
@@ -189,7 +163,7 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
     target = resolve(worker)
     if not isinstance(pointer, PointerTensor):
         return send(pointer, target)
-    reference = gate.check_live(pointer)
+    reference = _reachable(pointer)
     route, workers = pointer._route, pointer._route.workers
     if workers[-1] == target.id:
         return pointer
@@ -205,7 +179,7 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
     target.peer.flush()
     reference.peer.request(request)
     moved = PointerTensor.wrap(route_of(target.peer), arrived, pointer._spec, pointer.requires_grad)
-    moved.__dict__[_NOTES] = note_of(pointer)
+    write_note(moved, note_of(pointer))
     if pointer.is_leaf and pointer.grad is not None:
         moved.grad = move(pointer.grad, target)
     del reference
@@ -248,7 +222,7 @@ def _replace(pointer: PointerTensor, message: list[Any], workers: tuple[str, ...
     reference.peer.request([int(Kind.MOVE), reference.id, *message])
     route = route_of(reference.peer, *workers[1:])
     changed = PointerTensor.wrap(route, reference, pointer._spec, pointer.requires_grad)
-    changed.__dict__[_NOTES] = note_of(pointer)
+    write_note(changed, note_of(pointer))
     route.order()
     spend(pointer, how)
     return changed
@@ -258,18 +232,3 @@ def _bring_home(pointer: torch.Tensor) -> torch.Tensor:
     while isinstance(pointer, PointerTensor):
         pointer = get(pointer)
     return pointer
-
-
-def search(worker: RemoteWorker, tags: Iterable[str]) -> list[PointerTensor]:
-    """Return pointers to the objects of a worker that carry all of these tags."""
-    peer = worker.peer
-    found = []
-    for object_id in peer.request([int(Kind.SEARCH), list(tags)]):
-        reference = peer.refer(object_id, claimed=True)
-        try:
-            peer.request([int(Kind.CLAIM), object_id])
-            (wire,) = peer.request([int(Kind.DESCRIBE), [object_id]])
-        except (LookupError, PointerError):
-            continue  # it was freed meanwhile
-        found.append(PointerTensor.wrap(route_of(peer), reference, spec_from_wire(wire)))
-    return found

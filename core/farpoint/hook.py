@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from farpoint import handover
+from farpoint.catalogue import annotate
 from farpoint.errors import FarpointError
 from farpoint.remote import me
 from farpoint.worker import Worker
@@ -22,18 +23,18 @@ def _get(self: Any, keep: bool = False) -> Any:
 
 
 def _move(self: Any, worker: Any) -> Any:
-    """Send this tensor to a worker: it has no other place to leave."""
-    return handover.send(self, worker)
+    """Send this tensor to a worker: it has no other place to leave. To `me` it need not go."""
+    return handover.move(self, worker)
 
 
 def _tag(self: Any, *tags: str) -> Any:
     """Write tags on this tensor; they travel with it."""
-    return handover.annotate(self, tags=tags)
+    return annotate(self, tags=tags)
 
 
 def _describe(self: Any, description: str) -> Any:
     """Write a description on this tensor; it travels with it."""
-    return handover.annotate(self, description=description)
+    return annotate(self, description=description)
 
 
 _METHODS = {"send": _send, "get": _get, "move": _move, "tag": _tag, "describe": _describe}

@@ -32,7 +32,7 @@ class Limits:
         name_chars: Characters of a worker name, a tag or a word to search for.
         url_chars: Characters of a URL.
         description_chars: Characters of a description.
-        tags: Tags of one object.
+        tags: Tags of one object, words of one search.
         objects: Objects that a worker keeps for one session.
         bytes: Tensor bytes that a worker keeps for one session, and as many of answers that it has not acknowledged.
         transfers: Moves that a session may have under way.

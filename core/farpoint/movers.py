@@ -20,11 +20,13 @@ from farpoint.errors import (
 )
 from farpoint.failures import describe_failure
 from farpoint.limits import DEFAULT_LIMITS
+from farpoint.names import check_note
 from farpoint.protocol import transfer as states
 from farpoint.protocol.messages import Kind
-from farpoint.protocol.shapes import ID, brief
+from farpoint.protocol.shapes import ID, PAYLOAD, brief
 from farpoint.quota import weigh
 from farpoint.store import Annotation
+from farpoint.stored import StoredPointer
 from farpoint.tensors import dense
 
 if TYPE_CHECKING:
@@ -131,8 +133,6 @@ class Movers:
         place: tuple[str, str, int, int],
         leave: bool,
     ) -> None:
-        from farpoint.worker import StoredPointer
-
         worker = self._worker
         destination, url, new_id, holder = place
         note = worker.store.annotation(object_id)
@@ -185,7 +185,7 @@ class Movers:
         if self._worker.peer(guest.name, guest.url).defer(lambda: self._worker.execute(guest, number, message)):
             return
         here, there = self._states.incarnation, int.from_bytes(guest.incarnation, "big")
-        self._carry_out(self._states.receive(guest.name, there, here, parsed))
+        self._carry_out(self._states.receive(guest.name, there, here, parsed), guest)
 
     def peer_back(self, peer: Peer) -> None:
         """Learn that a session with another worker begins."""
@@ -196,7 +196,7 @@ class Movers:
         with self._worker.lock:
             self._carry_out(self._states.peer_lost(peer.name))
 
-    def _carry_out(self, effects: list[states.Effect]) -> None:
+    def _carry_out(self, effects: list[states.Effect], source: Guest | None = None) -> None:
         worker = self._worker
         for effect in effects:
             match effect:
@@ -207,7 +207,7 @@ class Movers:
                         pass  # the link is gone, and `peer_back` asks again
                 case states.Stage():
                     try:
-                        self._stage(effect)
+                        self._stage(effect, source)
                     except FarpointError as error:
                         reason = str(error)[: worker.limits.error_chars]
                         self._carry_out(self._states.refuse(effect.transfer, reason))
@@ -241,16 +241,21 @@ class Movers:
         peer.tell([int(Kind.TRANSFER), type(message).__name__, fields, payload])
         self._worker.dirty.add(peer)
 
-    def _stage(self, effect: states.Stage) -> None:
+    def _stage(self, effect: states.Stage, source: Guest | None) -> None:
         payload = effect.payload
         if payload is None:
             raise ProtocolError("the push carries no tensor")
+        # Not with the other fields of the message: who began the move shall learn that this one refuses it.
+        PAYLOAD.check([int(Kind.TRANSFER), *payload], self._worker.limits)
+        check_note(payload[2], payload[3], payload[1])
         others = [staged for transfer, staged in self._staged.items() if transfer != effect.transfer]
         if any(other.new_id == effect.new_id for other, _ in others):
             raise ProtocolError(f"object {effect.new_id} is on its way here already")
         # What is staged for the same holder counts as if it held it.
         beside = [weigh(content[0]) for other, content in others if other.holder == effect.holder]
         self._check_place(effect.holder, effect.new_id, weigh(payload[0]) + sum(beside), 1 + len(beside))
+        assert source is not None  # only a Push stages, and somebody sent it
+        self._worker.authorize(source, "put", effect.new_id)
         self._staged[effect.transfer] = (effect, payload)
 
     def _check_place(self, holder: int, new_id: int, nbytes: int, objects: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import secrets
@@ -22,7 +23,7 @@ from farpoint.errors import (
     SynchronizationTimeoutError,
     TransportError,
 )
-from farpoint.failures import revive_failure
+from farpoint.failures import read_failure, revive_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
@@ -307,12 +308,22 @@ class Peer:
         self.channel.submit([DEFINE, slot, *template.wire])
         return slot
 
-    def tell(self, message: list[Any], origin: Origin = NOWHERE) -> None:
-        """Issue a command that is not answered."""
+    def tell(self, message: list[Any], origin: Origin = NOWHERE, nbytes: int = 0) -> None:
+        """Issue a command that is not answered. One that a line of the user's issued may be sent together with those before it.
+
+        Args:
+            message: The command.
+            origin: Where it comes from.
+            nbytes: Bytes that it adds there.
+        """
         if self.channel.session.submitted >= self._room:
             self.make_room()
         with self.channel.lock:
             self._issued.append((self.channel.submit(message), origin))
+            self._promised += nbytes
+            full = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
+        if full and origin is not NOWHERE:
+            self.soon()
 
     def ask(
         self, message: list[Any], then: Callable[[Any], None] | None = None, keep: object = None
@@ -352,7 +363,7 @@ class Peer:
             error, seen = self.owner.failures.get(uid, (None, True))
             if error is not None and not seen:
                 self.owner.failures[uid] = (error, True)
-                raise error
+                raise copy.copy(error)
 
     def request(self, message: list[Any]) -> Any:
         """Issue a command and wait for its answer."""
@@ -367,13 +378,16 @@ class Peer:
         self.channel.flush()
 
     def error(self, failure: dict[str, Any]) -> FarpointError:
-        """Return the exception for a failure, with the line that issued it; it counts as looked at."""
+        """Return the exception for a failure, with the line that issued it; it counts as looked at.
+
+        Who raises it gets a copy: what is kept must never have a traceback, whose frames would keep their pointers.
+        """
         if "lost" in failure:
             return self.channel.ended()
         known = self.owner.failures.get(failure["uid"])
         error = known[0] if known else revive_failure(failure, "")
         self.owner.failures[failure["uid"]] = (error, True)
-        return error
+        return copy.copy(error)
 
     def broke(self, error: ProtocolError) -> FarpointError:
         """Close the link to a worker that has broken the protocol, and return the error for whoever noticed."""
@@ -382,7 +396,7 @@ class Peer:
 
     def close(self) -> None:
         """End the link."""
-        if self._link is not None:
+        if self._link is not None and not self.channel.inherited:
             self._link.close()
 
     def _drop(self) -> None:
@@ -412,6 +426,7 @@ class Peer:
             if about == 0:
                 self.channel.fail(TransportError(self.url, f"{self.name} ended the link: {content['text']}"))
                 return
+            content = read_failure(content, self.name)
             self._note(about, content)
             if reply is not None:
                 reply.error = content
@@ -441,7 +456,7 @@ class Peer:
         failures = self.owner.failures
         if failure["uid"] not in failures:
             failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)
-            if failure.get("orphan"):
+            if failure["orphan"]:
                 self.orphans.append(failure["uid"])
             while len(failures) > self.limits.failures:
                 failures.pop(next(iter(failures)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from farpoint.route import SPENT, Route
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
 
 _make = torch.Tensor._make_wrapper_subclass
+_ids = itertools.count(1)
 
 
 class PointerTensor(torch.Tensor):
@@ -105,8 +107,15 @@ class PointerTensor(torch.Tensor):
 
     @property
     def id(self) -> int:
-        """The id that this pointer prints for itself."""
-        return id(self) & 0xFFFFFFFFFFF
+        """The number that this pointer prints for itself: no other pointer of this process has it, now or later.
+
+        It is drawn when it is first asked for; most pointers live and die without one.
+        """
+        number: int | None = self.__dict__.get("_number")
+        if number is None:
+            # One step even between threads, so that all of them see the same number.
+            number = self.__dict__.setdefault("_number", next(_ids))
+        return number
 
     @property
     def id_at_location(self) -> int:
@@ -157,14 +166,14 @@ class PointerTensor(torch.Tensor):
 
     def tag(self, *tags: str) -> PointerTensor:
         """Write tags on the remote object, in place of its present ones."""
-        from farpoint.handover import annotate
+        from farpoint.catalogue import annotate
 
         annotate(self, tags=tags)
         return self
 
     def describe(self, description: str) -> PointerTensor:
         """Write a description on the remote object."""
-        from farpoint.handover import annotate
+        from farpoint.catalogue import annotate
 
         annotate(self, description=description)
         return self

@@ -44,10 +44,16 @@ def caller(depth: int = 1) -> Place:
     return NOWHERE
 
 
-def spell(origin: Origin) -> str:
-    """Return a place as `file:line`, or nothing if it is none."""
+def locate(origin: Origin) -> tuple[str, int]:
+    """Return file and line of a place; no file if it is none."""
     code, offset = origin
     if not isinstance(code, CodeType):
-        return ""
+        return "", 0
     line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
-    return f"{code.co_filename}:{line}"
+    return code.co_filename, line
+
+
+def spell(origin: Origin) -> str:
+    """Return a place as `file:line`, or nothing if it is none."""
+    file, line = locate(origin)
+    return f"{file}:{line}" if file else ""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from farpoint.errors import WorkerNotFoundError
+from farpoint.channel import disown_channels
+from farpoint.errors import FarpointError, UnseenErrorWarning, WorkerNotFoundError
 from farpoint.limits import DEFAULT_LIMITS
+from farpoint.listing import fetch_listing
+from farpoint.names import check_worker_id
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
-from farpoint.route import forget_routes, route_of
+from farpoint.provenance import caller, locate, spell
+from farpoint.route import forget_all_routes, forget_routes, route_of
 from farpoint.worker import Worker
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 
 _handles: dict[str, RemoteWorker] = {}
 _me: Worker | None = None
+_inherited: list[Any] = []
+_SHOWN = 10
+_PATIENCE = 5.0
 
 
 def preferred_serializers(first: str | None = None) -> list[str]:
@@ -37,16 +44,55 @@ def me() -> Worker:
     global _me  # noqa: PLW0603  # one process is one party
     if _me is None:
         _me = Worker("me", "", preferred_serializers())
-        atexit.register(_report)
     return _me
 
 
+@atexit.register
 def _report() -> None:
-    for handle in list(_handles.values()):
-        handle.flush()
-    unseen = [error for error, looked_at in me().failures.values() if not looked_at]
-    for error in unseen:
-        sys.stderr.write(f"farpoint: an error that nobody looked at: {error}\n")
+    if _me is not None:  # in a forked child there may be nothing of its own
+        for handle in list(_handles.values()):
+            handle.flush()
+        _warn_unseen(None)
+
+
+def _warn_unseen(worker: str | None) -> None:
+    """Warn of the errors of a worker, or of all, that nobody looked at.
+
+    All are in one warning: where warnings are errors, a second one would not come.
+    """
+    failures = me().failures
+    unseen = {
+        uid: error
+        for uid, (error, looked_at) in list(failures.items())
+        if not looked_at and worker in (None, error.origin)
+    }
+    if not unseen:
+        return
+    failures.update({uid: (error, True) for uid, error in unseen.items()})
+    listed = ["  " + str(error).partition("\n")[0] for error in list(unseen.values())[:_SHOWN]]
+    if len(unseen) > _SHOWN:
+        listed.append(f"  and {len(unseen) - _SHOWN} more")
+    number = "an error" if len(unseen) == 1 else f"{len(unseen)} errors"
+    text = f"nobody looked at {number}; get() a result, or worker.synchronize(), raises what went wrong:"
+    file, line = locate(caller())
+    warnings.warn_explicit("\n".join([text, *listed]), UnseenErrorWarning, file or "<exit>", line)
+
+
+def _leave_parent() -> None:
+    """Begin anew in a child that was just forked: sessions, and what is waiting in them, are the parent's.
+
+    Nothing of the parent's is closed, and what it is made of is kept, so that no finalizer of it runs here either.
+    """
+    global _me  # noqa: PLW0603  # one process is one party
+    disown_channels()
+    _inherited.append((_me, dict(_handles), plugins.forget_transports()))
+    _me = None
+    _handles.clear()
+    forget_all_routes()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_parent)
 
 
 def resolve(worker: RemoteWorker | str) -> RemoteWorker:
@@ -89,15 +135,20 @@ class Objects(Mapping[int, Any]):
 class RemoteWorker:
     """A worker as a client sees it.
 
+    Args:
+        name: Its name.
+        url: Where it listens.
+        serializers: What the session offers, best first; `FARPOINT_SERIALIZER` or msgpack if not given.
+
     Attributes:
         id: Its name.
         url: Where it listens.
     """
 
-    def __init__(self, name: str, url: str) -> None:
-        self.id = name
+    def __init__(self, name: str, url: str, *, serializers: list[str] | None = None) -> None:
+        self.id = check_worker_id(name)
         self.url = url
-        self.peer: Peer = me().peer(name, url)
+        self.peer: Peer = me().peer(name, url, serializers)
         _handles[name] = self
 
     def __repr__(self) -> str:
@@ -111,7 +162,13 @@ class RemoteWorker:
 
     @property
     def _objects(self) -> Objects:
-        raise NotImplementedError
+        """What the worker stores, by id, without values: see `farpoint.listing`.
+
+        Raises:
+            PermissionDeniedError: The worker's policy refuses.
+        """
+        _settle_twice()
+        return Objects(dict(fetch_listing(self.peer)))
 
     def flush(self) -> None:
         """Send what is waiting, without waiting for it."""
@@ -122,33 +179,65 @@ class RemoteWorker:
         """Wait until everything issued so far, by whatever way, has taken effect.
 
         Raises:
-            FarpointError: The first error that nobody has looked at yet.
+            FarpointError: The first error of this worker that nobody has looked at yet.
+            WorkerLostError: The session is over.
         """
+        if self.peer.channel.lost is not None:
+            raise self.peer.channel.ended()
         settle_all()
         for uid, (error, looked_at) in list(me().failures.items()):
-            if not looked_at and getattr(error, "worker", self.id) == self.id:
+            if not looked_at and error.origin == self.id:
                 me().failures[uid] = (error, True)
-                raise error
+                raise copy.copy(error)
 
-    def search(self, *tags: str) -> list[PointerTensor]:
-        """Return pointers to the objects that carry all of these tags."""
-        from farpoint.handover import search
+    def search(self, *query: str) -> list[PointerTensor]:
+        """Return pointers to the objects that carry all of these tags, and all of these words in their description.
 
-        return search(self, tags)
+        A text that begins with `#` is a tag. See `farpoint.catalogue.search`.
+        """
+        from farpoint.catalogue import search
 
-    def clear_objects(self) -> RemoteWorker:
-        """Drop every object of the worker, whoever holds it, and return the worker."""
+        return search(self.peer, query)
+
+    def clear_objects(self) -> Self:
+        """Drop every object of the worker, whoever holds it, and return the worker.
+
+        Raises:
+            PermissionDeniedError: The worker's policy refuses.
+        """
+        settle_all()  # whatever was issued before, by whatever way, comes first
         self.peer.request([int(Kind.CLEAR)])
         return self
 
     def close(self) -> None:
-        """End the session. Pointers to the worker are lost."""
+        """End the session. Pointers to the worker are lost. The second call does nothing.
+
+        Warns:
+            UnseenErrorWarning: Operations have failed there, and nobody looked at their results.
+        """
+        self._end("closed")
+
+    def _end(self, how: str) -> None:
+        channel = self.peer.channel
+        if channel.inherited:
+            return  # it is the parent's
+        if channel.lost is None:
+            try:
+                for handle in list(_handles.values()):
+                    handle.flush()  # who was given a pointer to this worker must hear of it first
+                # What was issued takes effect, and what went wrong is heard of, but nobody waits for long.
+                self.peer.wait(self.peer.ask([int(Kind.SYNC), []]), _PATIENCE)
+            except FarpointError:
+                pass  # the end is what was asked for
+            where = spell(caller()) or "an unknown place"
+            channel.lost = channel.lost or ConnectionError(f"it was {how} at {where}")
         if _handles.get(self.id) is self:
             del _handles[self.id]
         forget_routes(self.peer)
         self.peer.close()
         if me().peers.get(self.id) is self.peer:
             del me().peers[self.id]
+        _warn_unseen(self.id)
 
 
 def settle_all() -> None:
@@ -156,6 +245,11 @@ def settle_all() -> None:
     for handle in list(_handles.values()):
         if handle.peer.channel.lost is None:
             route_of(handle.peer).synchronize()
+
+
+def _settle_twice() -> None:
+    settle_all()
+    settle_all()  # releases that the first round set free have now arrived too
 
 
 class VirtualWorker(RemoteWorker):
@@ -178,27 +272,30 @@ class VirtualWorker(RemoteWorker):
         store: str | None = None,
         transport: str | None = None,
     ) -> None:
+        check_worker_id(id)
+        offered = preferred_serializers(serializer)
         existing = _handles.get(id)
         if existing is not None:
             warnings.warn(
                 f"worker {id!r} exists and is replaced; pointers to the old one are lost", UserWarning, stacklevel=2
             )
-            existing.close()
-        offered = preferred_serializers(serializer)
+            existing._end("replaced")
         transport = transport or os.environ.get("FARPOINT_TRANSPORT") or "virtual"
         schemes = {record.name: record.schemes[0] for record in plugins.transports()}
         url = plugins.transport(f"{schemes.get(transport, transport)}://").local_url(id)
         self._worker = Worker(id, url, offered, store or os.environ.get("FARPOINT_STORE") or "memory")
-        me().serializers = offered
-        super().__init__(id, self._worker.url)
+        super().__init__(id, self._worker.url, serializers=offered)
 
     @property
     def _objects(self) -> Objects:
-        settle_all()
-        settle_all()  # releases that the first round set free have now arrived too
+        """What the worker stores, by id: the tensors themselves, for it is in this process."""
+        _settle_twice()
         return Objects(dict(self._worker.store.items()))
 
-    def close(self) -> None:
-        """End the worker."""
-        super().close()
-        self._worker.close()
+    def _end(self, how: str) -> None:
+        if self.peer.channel.inherited:
+            return
+        try:
+            super()._end(how)
+        finally:
+            self._worker.close()

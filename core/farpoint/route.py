@@ -66,3 +66,9 @@ def forget_routes(peer: Peer) -> None:
         del _routes[key]
     for name in [name for name, route in _last.items() if route.peer is peer]:
         del _last[name]
+
+
+def forget_all_routes() -> None:
+    """Forget every route, in a child that was just forked."""
+    _routes.clear()
+    _last.clear()

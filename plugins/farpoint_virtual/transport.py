@@ -175,9 +175,8 @@ class VirtualTransport(Transport):
         name = _name(url)
         with self._lock:
             if name in self._listeners:
-                raise TransportError(
-                    url, "somebody listens there already; close that listener or take another name"
-                )
+                fix = "close that listener, or take another name"
+                raise TransportError(url, "somebody listens there already", fix)
             listener = self._listeners[name] = VirtualListener(self, name, accept, admission)
         return listener
 
@@ -185,5 +184,5 @@ class VirtualTransport(Transport):
 def _name(url: str) -> str:
     name = url.removeprefix(PREFIX)
     if not name or name == url:
-        raise TransportError(url, f"this is no place in this process; write {PREFIX}name")
+        raise TransportError(url, "this is no place in this process", f"write {PREFIX}name")
     return name

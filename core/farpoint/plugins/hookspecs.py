@@ -12,6 +12,7 @@ Hooks grow by arguments at the end; a plugin names only those that it uses.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import pluggy
 
@@ -19,6 +20,22 @@ from farpoint.plugins.records import OperatorPlugin, SerializerPlugin, StorePlug
 
 hookspec = pluggy.HookspecMarker("farpoint")
 hookimpl = pluggy.HookimplMarker("farpoint")
+
+ACTIONS: Final = {
+    "put": "store a tensor: by send, or by a move that arrives",
+    "link": "store a pointer to an object of another worker",
+    "get": "read the value of an object, or the pointer that is there",
+    "move": "let the data at the end of a chain go to another worker, asked of every worker of the chain",
+    "search": "look for objects by tags and words",
+    "list": "list every object, without values",
+    "tag": "write tags or a description on an object",
+    "clear": "drop every object",
+}
+"""What `farpoint_authorize` is asked about besides operators, which are asked about by their names.
+
+Nothing else is asked about. To hold a reference, to give one up, to wait and to read the metadata of an object that one holds
+neither changes an object nor reveals a value.
+"""
 
 
 @hookspec
@@ -94,18 +111,21 @@ def farpoint_operators() -> Iterable[OperatorPlugin]:  # type: ignore[empty-body
     """
 
 
-@hookspec(firstresult=True)
-def farpoint_authorize(action: str, subject: str, object: int) -> bool | str | None:
-    """Answer whether somebody may do something. Called on the worker before an action takes effect.
+@hookspec
+def farpoint_authorize(action: str, subject: str, object: int, worker: str) -> bool | str | None:
+    """Answer whether somebody may do something. Called on the worker, before anything has happened.
+
+    Every policy is asked, and the action is permitted unless one of them refuses: the answer must not depend on which of two
+    distributions is asked first. A policy that raises refuses. Without any policy everything is permitted.
 
     Args:
-        action: `get`, `move`, `search`, `clear`, or the name of an operator such as `aten::add.Tensor`.
-        subject: Name of the worker that asks.
-        object: Id of the object it is about, 0 if it is about none.
+        action: One of `ACTIONS`, or the name of an operator like `aten::add.Tensor`, which is what contains `::`.
+        subject: Name that the asking worker gave itself when it connected. It is worth as much as the transport's authentication.
+        object: Id of the object it is about: the first operand of an operator, the new id of `put` and `link`, 0 if there is none.
+        worker: Name of the worker that is asked; a process may have several.
 
     Returns:
-        True to permit, False or a text with the reason to refuse, None to leave it to the next plugin. The first answer that is
-        not None counts; if there is none, the action is permitted.
+        False or a text with the reason to refuse, True or None to permit.
 
     Example::
 
@@ -113,6 +133,6 @@ def farpoint_authorize(action: str, subject: str, object: int) -> bool | str | N
 
         @hookimpl
         def farpoint_authorize(action, subject):
-            if action == "get" and subject != "secure_worker":
-                return "values leave this worker through secure_worker only"
+            if action in ("get", "move") and subject != "secure_worker":
+                return "values leave this worker for secure_worker only"
     """

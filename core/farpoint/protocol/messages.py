@@ -31,9 +31,9 @@ class Kind(IntEnum):
     MOVE = 9
     """`id, hops, destination, url, new id, holder, leave pointer`: move the data end. Answered when it is there."""
     SEARCH = 10
-    """`words`: answered with ids."""
+    """`words`: tags, and words of descriptions. Answered with ids."""
     TAG = 11
-    """`id, tags, description`: write on an object."""
+    """`id, tags, description`: write on an object; null leaves what is written."""
     CLEAR = 12
     """Drop every object of the worker. Answered."""
     SYNC = 13
@@ -42,6 +42,10 @@ class Kind(IntEnum):
     """`ids`: answered with the metadata of each data end."""
     TRANSFER = 15
     """`name, fields, payload`: a message of `farpoint.protocol.transfer`."""
+    LIST = 16
+    """`id`: answered with entries of the objects after that one: `farpoint.listing`."""
+    LOCATE = 17
+    """`id`: CLAIM, answered with the metadata of the data end, the workers on the way there, and what is written on the object."""
 
     ANSWER = 64
     """`seq, value`: the answer to a command."""

@@ -66,6 +66,8 @@ class Field:
         """
         if not self.holds(value):
             raise MalformedMessageError(kind, name, self.wants, brief(value))
+        if value is None:
+            return
         if self.limit and len(value) > getattr(limits, self.limit):
             raise LimitError(self.limit, getattr(limits, self.limit), f"{kind}: {name} of length {len(value)}")
         if self.items is not None:
@@ -128,6 +130,11 @@ def listed(items: Field, limit: str) -> Field:
     return Field(f"a list, each item {items.wants}", lambda v: type(v) is list, limit, items)
 
 
+def optional(field: Field) -> Field:
+    """Return the field that may be nothing as well."""
+    return attrs.evolve(field, wants=f"{field.wants}, or nothing", holds=lambda v: v is None or field.holds(v))
+
+
 def is_number(value: object) -> bool:
     """Return whether this is a number as RUN carries it: a complex one as the list of its two parts."""
     if type(value) is list:
@@ -184,7 +191,7 @@ _RUN: Final = {
     "values": listed(_VALUE, "array_items"),
     "results": _NEW_IDS,
 }
-_PAYLOAD: Final = Shape("TRANSFER", tensor=TENSOR, requires_grad=FLAG, tags=TAGS, description=DESCRIPTION)
+PAYLOAD: Final = Shape("the payload of TRANSFER", tensor=TENSOR, requires_grad=FLAG, tags=TAGS, description=DESCRIPTION)
 
 
 def _distinct(ids: list[Any]) -> bool:
@@ -216,7 +223,7 @@ COMMANDS: Final[Mapping[int, Shape]] = {
             "new_id": _ID_OR_NONE, "holder": _ID_OR_NONE, "leave": FLAG,
         },
         Kind.SEARCH: {"words": listed(text("name_chars"), "tags")},
-        Kind.TAG: {"id": ID, "tags": TAGS, "description": DESCRIPTION},
+        Kind.TAG: {"id": ID, "tags": optional(TAGS), "description": optional(DESCRIPTION)},
         Kind.CLEAR: {},
         Kind.SYNC: {"visited": listed(NAME, "hops")},
         Kind.DESCRIBE: {"ids": listed(ID, "results")},
@@ -225,6 +232,8 @@ COMMANDS: Final[Mapping[int, Shape]] = {
             "fields": _LIST,
             "payload": Field("a list of four items, or nothing", lambda v: v is None or type(v) is list and len(v) == 4),
         },
+        Kind.LIST: {"after": _ID_OR_NONE},
+        Kind.LOCATE: {"id": ID},
     }.items()
 }
 """What a worker takes."""
@@ -244,6 +253,8 @@ ANSWERS: Final[Mapping[int, Field]] = {
     Kind.CLEAR: TRUE,
     Kind.SYNC: TRUE,
     Kind.DESCRIBE: SPECS,
+    Kind.LIST: _LIST,
+    Kind.LOCATE: Field("a list of five items", lambda v: type(v) is list and len(v) == 5),
 }
 """What a client takes for an answer; that to FETCH has a shape for each thing that may be there."""
 
@@ -251,11 +262,11 @@ FAILURE: Final = Shape(
     "FAILURE",
     uid=ID,
     kind=text("error_chars"),
-    error=text("error_chars"),
     text=text("error_chars"),
     worker=text("name_chars"),
     operation=text("error_chars"),
-    traceback=text("traceback_chars"),
+    evidence=Field("a map", lambda v: type(v) is dict, "map_items"),
+    orphan=FLAG,
 )
 
 _GREETING: Final = {"incarnation": Field("32 hexadecimal digits", lambda v: type(v) is str and _INCARNATION.fullmatch(v) is not None)}
@@ -289,8 +300,6 @@ def check_command(kind: int, message: list[Any], limits: Limits = DEFAULT_LIMITS
         LimitError: It is longer than this party allows.
     """
     COMMANDS[kind].check(message, limits)
-    if kind == Kind.TRANSFER and message[3] is not None:
-        _PAYLOAD.check([kind, *message[3]], limits)
 
 
 def check_run(message: list[Any], limits: Limits = DEFAULT_LIMITS) -> None:
