@@ -31,6 +31,7 @@ from farpoint.errors import (
 )
 from farpoint.listing import PAGE, ListedPointer, ListedTensor
 from farpoint.protocol.messages import Kind
+from farpoint.remote import preferred_serializers
 from farpoint.store import Annotation
 
 farpoint.TorchHook(torch)
@@ -203,6 +204,15 @@ class TestSearch:
         del again
         assert net.sizes() == [0, 0]
 
+    def test_what_only_another_worker_holds_is_found(self, net: Net) -> None:
+        p = data().tag("#x").send(net.bob)
+        pp = p.send(net.alice)
+        del p
+        net.sizes()
+        [found] = net.bob.search("#x")
+        del pp
+        assert net.sizes() == [1, 0] and torch.equal(found.get(), data())
+
     def test_what_is_found_knows_its_tensor(self, net: Net) -> None:
         x = torch.ones(2, 3, dtype=torch.float64).t().requires_grad_().tag("#x")  # type: ignore[attr-defined]  # the hook's
         kept = x.send(net.bob)
@@ -216,7 +226,11 @@ class TestSearch:
         pp = data().tag("#x").send(net.bob).send(net.alice)
         [found] = net.alice.search("#x")
         assert found._route is pp._route
+        pp.tag("#ours").describe("what alice has")
+        [again] = net.alice.search("alice")
+        assert note_of(again) == Annotation(frozenset({"#ours"}), "what alice has"), "not what is written at the data end"
         assert torch.equal(home(found + pp), data() * 2)
+        del again
         moved = found.move(net.alice)
         assert net.sizes() == [0, 1] and torch.equal(home(moved), data())
         del found, pp, moved
@@ -385,7 +399,9 @@ class TestWorkers:
     def test_each_session_offers_what_its_worker_was_made_with(self) -> None:
         n = next(numbers)
         bob = VirtualWorker(id=f"bob-{n}", serializer="msgpack")
+        assert farpoint.me().serializers == preferred_serializers()
         alice = VirtualWorker(id=f"alice-{n}", serializer="torch")
+        assert farpoint.me().serializers == preferred_serializers()
         pp = data().send(bob).send(alice)
         qq = data().send(alice).send(bob)
         assert torch.equal(home(pp + pp), data() * 2) and torch.equal(home(qq + qq), data() * 2)
@@ -535,6 +551,24 @@ class TestUnseenErrors:
         with pytest.raises(RemoteExecutionError, match="singular"):
             net.bob.synchronize()
 
+    def test_close_waits_for_what_a_worker_has_still_to_say(self) -> None:
+        worker = VirtualWorker(id=f"w-{next(numbers)}")
+        peer, on_the_way = worker.peer, list[list[bytes]]()
+        receive, wait = peer.received, peer.wait
+
+        def arrive_when_waited_for(reply: Any, seconds: float = 60.0) -> Any:
+            peer.flush()
+            while on_the_way:
+                receive(on_the_way.pop(0))
+            return wait(reply, seconds)
+
+        peer.received = lambda frames: on_the_way.append([bytes(frame) for frame in frames])  # type: ignore[method-assign]
+        peer.wait = arrive_when_waited_for  # type: ignore[method-assign]
+        self.singular(worker)
+        worker.flush()
+        with pytest.warns(UnseenErrorWarning, match="singular"):
+            worker.close()
+
     def test_errors_at_the_end_of_a_chain_belong_to_its_worker(self, net: Net) -> None:
         worker = VirtualWorker(id=f"w-{next(numbers)}")
         pp = torch.linalg.inv(torch.zeros(2, 2).send(worker).send(net.alice))  # type: ignore[attr-defined]  # the hook's
@@ -593,9 +627,15 @@ class TestUnseenErrors:
         with pytest.warns(UnseenErrorWarning, match="nobody looked at an error"):
             worker.close()
 
-    def test_an_error_that_was_raised_keeps_nothing_alive(self, net: Net) -> None:
+    @pytest.mark.parametrize("way", ["a result", "no result", "synchronize"])
+    def test_an_error_that_was_raised_keeps_nothing_alive(self, net: Net, way: str) -> None:
+        """What farpoint remembers of an error must not have the frames in which it was raised."""
+
         def fail() -> None:
-            bad = self.singular(net.bob)
+            p, index = data().send(net.bob), torch.tensor([7]).send(net.bob)  # type: ignore[attr-defined]  # the hook's
+            bad = self.singular(net.bob) if way == "no result" else p[index]
+            if way == "synchronize":
+                net.bob.synchronize()
             bad.get()
 
         with pytest.raises(RemoteExecutionError):

@@ -129,8 +129,8 @@ def test_a_client_acknowledges_large_answers_at_once_and_small_ones_soon() -> No
     small = at(torch.ones(2), bob)
     for _ in range(300):
         bob.peer.ask([int(Kind.FETCH), small._reference.id])
-        bob.peer.channel.flush()
-        assert sum(len(packet[3]) for packet in guest.channel.session._packed) <= 129
+    bob.flush()
+    assert sum(len(packet[3]) for packet in guest.channel.session._packed) <= 128
     bob.close()
 
 
@@ -264,6 +264,9 @@ def test_a_worker_that_never_greets_stops_nobody_else() -> None:
         mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], ""])
         honest = at(torch.ones(2), alice)
         assert (honest + honest).get().tolist() == [2, 2]
+        synchronized = alice.peer.ask([int(Kind.SYNC), []])
+        alice.flush()
+        assert synchronized.done.is_set(), "this client has nothing to do with that worker"
         late.held_back = lambda _: False
         late.wake()
         (peer,) = alice.worker.peers.values()

@@ -181,6 +181,26 @@ def test_who_is_full_must_wait() -> None:
     assert not client.full
 
 
+def test_a_link_that_keeps_breaking_does_not_let_answers_add_up() -> None:
+    client, worker = pair()
+    for _ in range(5):
+        while not client.full:
+            client.submit(["command"])
+        packet = client.pack()
+        if packet is not None:
+            for _, message in worker.receive(packet):
+                worker.submit(["answer", message])
+        worker.pack()  # lost with the link, which comes back and tells the client how far the worker is
+        client.resume(worker.taken)
+        assert worker.submitted - worker.acknowledged <= LIMIT
+    for answer in worker.resume(client.taken):
+        client.receive(answer)
+    packet = worker.pack()
+    assert packet is not None and packet[3] == [], "the answers went before what makes room"
+    client.receive(packet)
+    assert not client.full and client.taken == LIMIT
+
+
 def test_what_is_owed_is_told_with_the_next_packet() -> None:
     client, worker = pair()
     client.submit(["one"])

@@ -75,7 +75,12 @@ class Movers:
         if isinstance(value, torch.Tensor) != (hops == 0):
             raise ProtocolError(f"object {object_id} is not {hops} hops from the data")
         if hops == 0:
-            self._depart(guest, number, object_id, value, (destination, url, new_id, holder), leave)
+            # A worker that is its own destination must have greeted itself, or nobody could hold what arrives.
+            waits = destination == worker.id and worker.introduce(guest, destination, url).defer(
+                lambda: worker.execute(guest, number, message)
+            )
+            if not waits:
+                self._depart(guest, number, object_id, value, (destination, url, new_id, holder), leave)
             return
         # The middle of a chain. The last pointer before the data is re-pointed, unless the data end only grows.
         peer = value.reference.peer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -13,15 +15,46 @@ import torch
 import farpoint
 from farpoint import PointerTensor
 from farpoint.testing.contract import Contract
+from farpoint.testing.transport import PATIENCE
 
 _numbers = count()
+
+
+class Sizes(list[int]):
+    """How many objects workers store.
+
+    When they are compared they are counted again until they are what they should be, or patience is at its end: a
+    release may still be on its way from one worker to the next.
+    """
+
+    def __init__(self, workers: Sequence[Any]) -> None:
+        self._workers = workers
+        self.recount()
+
+    def recount(self) -> None:
+        """Count anew."""
+        gc.collect()  # what a traceback or a ring keeps alive is nobody's any more
+        self[:] = [len(worker) for worker in self._workers]
+
+    def __eq__(self, other: object) -> bool:
+        deadline = time.monotonic() + PATIENCE
+        while list.__ne__(self, other):
+            if time.monotonic() > deadline:
+                return False
+            self.recount()
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # a list has none
 
 
 class Network:
     """Three workers of one kind.
 
-    The laws use of a handle only what every handle has: `id`, `search`, `synchronize`, `close`, and `len` and
-    `_objects`, which show what the worker stores when everything that this process issued has taken effect.
+    The laws use of a handle only what every handle has: `id`, `search`, `synchronize`, `close`, and `len`,
+    which counts what the worker stores when everything that this process issued has taken effect.
 
     Args:
         make: Returns the handle of a new worker of this name.
@@ -29,7 +62,7 @@ class Network:
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         farpoint.TorchHook(torch)
-        # `sizes` collects garbage: what exists already, all of torch and pytest, need not be searched each time.
+        # Counting objects collects garbage: what exists already, all of torch and pytest, need not be searched each time.
         gc.freeze()
         number = next(_numbers)
         self.bob, self.alice, self.charlie = self.all = [make(f"{name}{number}") for name in ("bob", "alice", "charlie")]
@@ -39,11 +72,9 @@ class Network:
         known = {worker.id[0]: worker for worker in self.all}
         return [known[letter] for letter in letters]
 
-    def sizes(self) -> list[int]:
+    def sizes(self) -> Sizes:
         """Return how many objects bob, alice and charlie store."""
-        # What an exception's traceback keeps alive is nobody's any more.
-        gc.collect()
-        return [len(worker) for worker in self.all]
+        return Sizes(self.all)
 
     def send(self, tensor: Any, chain: str) -> Any:
         """Send a tensor so that it is reached by this chain: `ab` is me -> alice -> bob, with the data on bob."""
@@ -103,3 +134,25 @@ def raised(call: Callable[[], object]) -> Exception:
     except Exception as error:  # whatever it is, the test judges it
         return error.with_traceback(None)
     raise AssertionError("it raises nothing")
+
+
+def in_threads(works: list[Callable[[], None]]) -> None:
+    """Run these at once, each in a thread, and raise what one of them raises."""
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(works))
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            start.wait(60)
+            work()
+        except BaseException as error:  # a thread tells nobody of its own accord
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a thread waits for ever"
+    if failures:
+        raise failures[0]

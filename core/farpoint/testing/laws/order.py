@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from farpoint.testing.laws.network import Law, Network, home, look, numbers
-
-
-def in_threads(works: list[Callable[[], None]]) -> None:
-    """Run these at once, each in a thread, and raise what one of them raises."""
-    failures: list[BaseException] = []
-    start = threading.Barrier(len(works))
-
-    def run(work: Callable[[], None]) -> None:
-        try:
-            start.wait(10)
-            work()
-        except BaseException as error:  # a thread tells nobody of its own accord
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a thread waits for ever"
-    if failures:
-        raise failures[0]
+from farpoint.testing.laws.network import Law, Network, home, in_threads, look, numbers
 
 
 class TestL11ProgramOrder(Law):

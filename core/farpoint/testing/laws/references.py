@@ -6,8 +6,8 @@ import gc
 import itertools
 import os
 import sys
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from farpoint import PointerTensor
 from farpoint.errors import FarpointError, PointerSpentError
-from farpoint.testing.laws.network import Law, Network, home, look, numbers, raised
+from farpoint.testing.laws.network import Law, Network, home, in_threads, look, numbers, raised
 
 STATM = Path("/proc/self/statm")
 
@@ -226,27 +226,16 @@ class TestL3References(Law):
     def test_threads_may_delete(self, network: Network, chain: str) -> None:
         kept = network.send(numbers(), chain)
         piles: list[list[Any]] = [[kept + n for n in range(200)] for _ in range(4)]
-        start = threading.Barrier(4)
-        failures: list[BaseException] = []
 
-        def work(pile: list[Any]) -> None:
-            try:
-                start.wait(10)
-                while pile:
-                    pile.pop()
-            except BaseException as error:  # a thread tells nobody of its own accord
-                failures.append(error)
+        def delete(pile: list[Any]) -> None:
+            while pile:
+                pile.pop()
 
-        threads = [threading.Thread(target=work, args=(pile,), daemon=True) for pile in piles]
-        for thread in threads:
-            thread.start()
-        while any(piles):
-            kept.add_(1)
-            assert isinstance(look(kept), torch.Tensor)
-        for thread in threads:
-            thread.join(30)
-            assert not thread.is_alive()
-        assert not failures
+        def use(pointer: Any) -> None:
+            for _ in range(50):
+                assert torch.equal(look(pointer), numbers())
+
+        in_threads([*(partial(delete, pile) for pile in piles), partial(use, kept)])
         assert network.sizes() == [1, int(chain == "ab"), 0]
         del kept
         assert network.sizes() == [0, 0, 0]
