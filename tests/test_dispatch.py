@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 import farpoint
 from farpoint import VirtualWorker, inference
-from farpoint.errors import FarpointError, ProtocolError, ValueNotHereError
+from farpoint.errors import FarpointError, OperationNotAllowedError, ResizedOutputError, ValueNotHereError
 from farpoint.protocol.messages import Kind
 
 
@@ -138,6 +139,70 @@ def test_a_dry_run_allocates_only_little(bob: VirtualWorker, monkeypatch: pytest
 
 def test_arguments_that_every_worker_refuses_are_refused_here(bob: VirtualWorker) -> None:
     p: Any = farpoint.send(torch.ones(1), bob)
-    with pytest.raises(ProtocolError, match="size"):
+    with pytest.raises(OperationNotAllowedError, match="size"):
         p.expand(2**42)
     bob.synchronize()
+
+
+def test_an_output_is_not_resized(bob: VirtualWorker) -> None:
+    """Torch's kernels would do it on the empty shell of the pointer."""
+    p, out = farpoint.send(torch.ones(2), bob), farpoint.send(torch.empty(0), bob)
+    matrix, square = farpoint.send(torch.ones(2, 2), bob), farpoint.send(torch.empty(3, 3), bob)
+    attempts: list[Callable[[], Any]] = [
+        lambda: torch.add(p, p, out=out),
+        lambda: torch.cat([p, p], out=out),
+        lambda: torch.mm(matrix, matrix, out=square),
+    ]
+    for attempt in attempts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about a resize that does not happen
+            with pytest.raises(ResizedOutputError, match="leave out= away"):
+                attempt()
+    assert torch.equal(square.get(keep=True).isnan() | True, torch.ones(3, 3, dtype=torch.bool))
+    assert out.get().numel() == 0
+
+
+def test_dtypes_that_kernels_refuse_are_refused_here(bob: VirtualWorker) -> None:
+    p, whole = farpoint.send(torch.ones(2, 2), bob), farpoint.send(torch.ones(2, 2, dtype=torch.int64), bob)
+    functions: list[Callable[[Any, Any], Any]] = [
+        lambda a, b: a @ b,
+        lambda a, b: torch.nn.functional.linear(a, b),
+        lambda a, b: torch.addmm(a, a, b),
+        lambda a, b: a.index_select(0, a[0]),
+    ]
+    for function in functions:
+        with pytest.raises(RuntimeError) as there:
+            function(p, whole)
+        with pytest.raises(RuntimeError) as here:
+            function(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64))
+        assert str(there.value) == str(here.value) and type(there.value) is type(here.value)
+
+
+def test_a_worker_that_is_gone_keeps_nobodys_pointers(bob: VirtualWorker) -> None:
+    gone = VirtualWorker(id="dispatch-gone")
+    p: Any = farpoint.send(torch.ones(2), bob)
+    gone.close()
+    with pytest.raises(FarpointError):
+        p.move(gone)
+    del p
+    gc.collect()
+    assert len(bob._objects) == 0
+
+
+def test_a_moved_result_is_no_leaf_that_hides_its_past(bob: VirtualWorker) -> None:
+    other = VirtualWorker(id="dispatch-other")
+    p: Any = farpoint.send(torch.ones(2, requires_grad=True), bob)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        (p * 2).move(other).sum().backward()
+    (p * 2).sum().backward()
+    assert p.grad.get().tolist() == [2, 2]
+    assert p.get().grad is None
+    other.close()
+
+
+def test_elements_are_not_walked_here(bob: VirtualWorker) -> None:
+    p: Any = farpoint.send(torch.ones(2), bob)
+    attempts: list[Callable[[], Any]] = [lambda: p.apply_(abs), lambda: p.map_(p, max), lambda: p.map2_(p, p, max)]
+    for attempt in attempts:
+        with pytest.raises(ValueNotHereError):
+            attempt()

@@ -35,6 +35,7 @@ SAMPLES: list[FarpointError] = [
     errors.PointerSpentError("(Wrapper)>[PointerTensor | me:1 -> bob:2]", "get", "train.py:7"),
     errors.NotColocatedError("add", "at me -> bob", "at me -> alice", "move one of them with p.move(bob)"),
     errors.ValueNotHereError("p.item()", "bob"),
+    errors.ResizedOutputError("aten::add.out", "[0]", "[2]"),
     errors.ForkedPointerError("a pointer to bob"),
     errors.ObjectNotFoundError(7, "bob", "it was freed"),
     errors.WorkerNotFoundError("bob", ["carol", "alice"]),
@@ -132,7 +133,7 @@ class TestCatalogue:
         next_step = (
             r"p\.get\(|get\(keep=True\)|p\.move\(|\.search\(|VirtualWorker\(|connect again|correct that call|Ask whoever|"
             r"get\(\) the operands|use a #|Convert it first|farpoint --version|Limits\(|Connect again|repeat the call|"
-            r"same call may be repeated|pip install|num_workers=0"
+            r"same call may be repeated|pip install|num_workers=0|leave out= away"
         )
         assert re.search(next_step, str(error)), str(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections import deque
@@ -25,6 +26,11 @@ BATCH = 128
 
 LARGE = 2**20
 """Bytes from which on a tensor is written at once, and not copied before."""
+
+
+def bare(error: Exception | None) -> Exception | None:
+    """Return an error that may be kept: one without a traceback, whose frames would keep their pointers."""
+    return copy.copy(error) if error is not None else None
 
 
 class _Thread(threading.local):
@@ -126,7 +132,7 @@ class Channel:
             except TransportError as error:
                 with self.lock:
                     self._writing = False
-                    self.lost = self.lost or error
+                    self.lost = self.lost or bare(error)
                 return
 
     def received(self, frames: Sequence[Frame]) -> None:
@@ -158,7 +164,7 @@ class Channel:
         """Give the link up."""
         with self.lock:
             if self.lost is None:
-                self.lost = cause
+                self.lost = bare(cause)
         if self.link is not None:
             self.link.close()
 

@@ -7,6 +7,7 @@ what to type next::
     ├── PointerError (RuntimeError)         a pointer cannot be used like that
     │   ├── PointerSpentError                 its reference was given up: by get, move, free
     │   ├── NotColocatedError                 the operands of one operation live in different places
+    │   ├── ResizedOutputError (ValueError)   out= has another shape than the result
     │   ├── ValueNotHereError                 bool(p), p.item(), numpy.asarray(p): the value is elsewhere
     │   └── ForkedPointerError                the pointer was made before this process was forked
     ├── ObjectNotFoundError (LookupError)   a worker has no such object, or you hold no reference to it
@@ -108,6 +109,25 @@ class NotColocatedError(PointerError):
         super().__init__(
             f"{operation}: one operand is {first}, another is {second}. "
             f"Operands of one operation must be reached by the same way on the same worker: {fix}."
+        )
+
+
+class ResizedOutputError(PointerError, ValueError):
+    """The pointer given as `out=` has another shape than the result. It is not resized.
+
+    Attributes:
+        call: The operator.
+        given: The shape of `out=`.
+        wanted: The shape of the result.
+    """
+
+    def __init__(self, call: str, given: str, wanted: str) -> None:
+        self.call = call
+        self.given = given
+        self.wanted = wanted
+        super().__init__(
+            f"{call}: out= has the shape {given}, and the result {wanted}; a pointer is not resized. "
+            f"Pass torch.empty({wanted}).send(worker), or leave out= away and use what is returned"
         )
 
 

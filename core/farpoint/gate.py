@@ -41,6 +41,10 @@ _REFUSED: dict[Any, str] = {
         "torch.is_nonzero(p)": torch.is_nonzero,
         "p.is_nonzero()": _T.is_nonzero,
         "p.share_memory_()": _T.share_memory_,
+        "p.apply_()": _T.apply_,
+        "p.map_()": _T.map_,
+        "p.map2_()": _T.map2_,
+        "p.pin_memory()": _T.pin_memory,
         "copy.deepcopy(p)": _T.__deepcopy__,
     }.items()
 }
@@ -89,8 +93,9 @@ def check(pointers: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: 
         raise not_here(first, _REFUSED[func])
     if local is not None:
         workers = first._route.workers
+        chain = "".join(f".send({worker})" for worker in reversed(workers))
         name = getattr(func, "__name__", str(func))
-        raise NotColocatedError(name, f"on {workers[-1]}", "a local tensor", f"send it there with x.send({workers[0]})")
+        raise NotColocatedError(name, f"on {workers[-1]}", "a local tensor", f"send it there with x{chain}")
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[Any]:
@@ -127,7 +132,13 @@ def elsewhere(func: Any, first: PointerTensor, second: PointerTensor) -> Farpoin
         if pointer._route.peer.channel.lost is not None:
             return pointer._route.peer.channel.ended()
     one, other = (" -> ".join(("me", *p._route.workers)) for p in (first, second))
-    fix = f"move one of them with p.move({first._route.workers[-1]}), or get() both"
+    ways = [p._route.workers for p in (first, second)]
+    if ways[0][-1] == ways[1][-1]:
+        fix = f"both are on {ways[0][-1]}, and reached by different ways: get() shortens the longer one, p.send(worker) the other one"
+    elif len(ways[0]) == len(ways[1]) == 1:
+        fix = f"p.move({ways[1][0]}) takes the first one there, q.move({ways[0][0]}) the second one here"
+    else:
+        fix = "get() both, and send them the same way"
     return NotColocatedError(getattr(func, "__name__", str(func)), f"at {one}", f"at {other}", fix)
 
 

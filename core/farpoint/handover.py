@@ -16,7 +16,7 @@ from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import brief
 from farpoint.provenance import caller
 from farpoint.remote import RemoteWorker, me, resolve
-from farpoint.route import route_of
+from farpoint.route import SPENT, route_of
 from farpoint.spec import spec_of
 from farpoint.tensors import dense
 from farpoint.worker import Worker
@@ -69,8 +69,9 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
             peer.flush()
     pointer = PointerTensor.wrap(route, peer.refer(object_id), spec, bool(wants_grad))
     write_note(pointer, note)
-    if tensor.is_leaf and tensor.grad is not None:
-        pointer.grad = send(tensor.grad, target)
+    grad = _grad_of(tensor)
+    if grad is not None:
+        pointer.grad = send(grad, target)
     return pointer
 
 
@@ -102,7 +103,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     answer = peer.request([int(Kind.FETCH), reference.id])
     peer.raise_orphan()
     wants_grad = bool(pointer.requires_grad and pointer.is_leaf)
-    grad = pointer.grad if pointer.is_leaf else None
+    grad = _grad_of(pointer)
     result: torch.Tensor
     if answer[0] == "pointer":
         _, name, url, target, _, tags, description = answer
@@ -134,6 +135,12 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
         spend(pointer, "get")
         peer.flush()
     return result
+
+
+def _grad_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the gradient that goes with a tensor: not one that `p.grad.get()` has brought home already."""
+    grad = tensor.grad if tensor.is_leaf else None
+    return None if isinstance(grad, PointerTensor) and grad._route is SPENT else grad
 
 
 def _restride(value: torch.Tensor, spec: Any) -> torch.Tensor:
@@ -178,10 +185,11 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
     request = [int(Kind.MOVE), reference.id, 0, target.id, target.url, new_id, target.peer.session_id, False]
     target.peer.flush()
     reference.peer.request(request)
-    moved = PointerTensor.wrap(route_of(target.peer), arrived, pointer._spec, pointer.requires_grad)
+    moved = PointerTensor.wrap(route_of(target.peer), arrived, pointer._spec, pointer.requires_grad and pointer.is_leaf)
     write_note(moved, note_of(pointer))
-    if pointer.is_leaf and pointer.grad is not None:
-        moved.grad = move(pointer.grad, target)
+    grad = _grad_of(pointer)
+    if grad is not None:
+        moved.grad = move(grad, target)
     del reference
     spend(pointer, "move")
     return moved
@@ -221,7 +229,7 @@ def _replace(pointer: PointerTensor, message: list[Any], workers: tuple[str, ...
     pointer._route.order()
     reference.peer.request([int(Kind.MOVE), reference.id, *message])
     route = route_of(reference.peer, *workers[1:])
-    changed = PointerTensor.wrap(route, reference, pointer._spec, pointer.requires_grad)
+    changed = PointerTensor.wrap(route, reference, pointer._spec, pointer.requires_grad and pointer.is_leaf)
     write_note(changed, note_of(pointer))
     route.order()
     spend(pointer, how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -11,6 +12,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from farpoint.errors import OperationNotAllowedError, ProtocolError, ResizedOutputError
 from farpoint.operations import Hole, Operation, of
 from farpoint.spec import TensorSpec, spec_of
 from farpoint.template import Template, encode_argument
@@ -22,6 +24,8 @@ MAX_SIGNATURES = 16_384
 _REAL_BYTES = 64 * 2**20
 _SMALL_BYTES = 64 * 2**10
 _NUMBERS = (bool, int, float, complex)
+# What kernels say of operands whose dtypes they do not take; inference takes many of them.
+_ABOUT_TYPES = re.compile(r"not implemented for|dtype|data type|scalar ?type|expected .* (?:type|Long|Int|Float|Double|Bool)\b", re.IGNORECASE)
 
 
 class Layout:
@@ -121,7 +125,7 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     wire_kwargs = {n: encode_argument(_hole(a, n in names)) for n, a in kwargs.items()}
     signature = Signature(_template(operation, wire_args, wire_kwargs))
     if operation.data_dependent and not _integer_index(operation, specs):
-        signature.template.check()
+        _check(signature.template)
         return signature
     size = sum(_span(s) * s.dtype.itemsize for s in specs)
     try:
@@ -133,7 +137,7 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         _run_on_zeros(operation, args, kwargs, specs)
         return signature
     # Every worker checks the same. Here it is on the line that caused it; but what torch itself refuses is told in its words.
-    signature.template.check()
+    _check(signature.template)
     flat, structure = pytree.tree_flatten(result)
     signature.structure = None if isinstance(result, torch.Tensor) or result is None else structure
     signature.outputs = []
@@ -146,21 +150,31 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         if same is None:
             signature.nbytes += value.numel() * value.itemsize
     if size + signature.nbytes <= _SMALL_BYTES and not operation.random:
-        # Inference does not know which dtypes the kernels lack; they say it themselves. Whatever else zeros provoke is
+        # Inference does not know which dtypes the kernels take; they say it themselves. Whatever else zeros provoke is
         # about values, which are not the worker's.
         try:
             _run_on_zeros(operation, args, kwargs, specs)
         except NotImplementedError:
             raise
         except Exception as error:
-            if "not implemented for" in str(error):
+            if _ABOUT_TYPES.search(str(error)):
                 raise
     if signature.structure is None and len(signature.outputs) == 1 and not operation.written_names:
         (only,) = signature.outputs
         signature.only = only if isinstance(only, TensorSpec) else None
     if operation.written or operation.written_names:
         signature.changed = [(i, spec_of(t)) for i, t in enumerate(tensors) if spec_of(t) is not specs[i]]
+        if signature.changed and not operation.metadata_writing:
+            position, wanted = signature.changed[0]
+            raise ResizedOutputError(operation.name, str(list(specs[position].shape)), str(list(wanted.shape)))
     return signature
+
+
+def _check(template: Template) -> None:
+    try:
+        template.check()
+    except ProtocolError as error:  # what a peer should not have sent is here what the user has typed
+        raise OperationNotAllowedError("any worker", template.operation.name, error.reason) from error
 
 
 def _template(operation: Operation, args: list[Any], kwargs: dict[str, Any]) -> Template:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from farpoint.channel import BATCH, Channel
+from farpoint.channel import BATCH, Channel, bare
 from farpoint.errors import (
     FarpointError,
     LimitError,
@@ -136,9 +136,10 @@ class Peer:
             if self.channel.may_wait() and not self._welcome.wait(5):
                 raise SynchronizationTimeoutError(self.name or self.url, 5)
             if self._refusal is not None:
-                raise self._refusal
+                raise copy.copy(self._refusal)
         except FarpointError as error:
-            self.channel.lost = self._refusal = error
+            # Without the traceback, whose frames would keep the pointers of whoever called.
+            self.channel.lost = self._refusal = copy.copy(error)
             self._welcome.set()
             self.close()
             raise
@@ -208,7 +209,7 @@ class Peer:
     def lost(self, cause: Exception | None) -> None:
         """Learn that the link is gone: everybody who waits is told."""
         with self.channel.lock:
-            self.channel.lost = self.channel.lost or cause or ConnectionError("the worker was closed")
+            self.channel.lost = self.channel.lost or bare(cause) or ConnectionError("the worker was closed")
             waiting = list(self.pending.values())
             self.pending.clear()
         if not self._welcomed:

@@ -38,7 +38,11 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     """
     if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
         raise EncodeError(f"a {type(tensor).__name__} cannot travel as a plain tensor; convert it to a torch.Tensor first")
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+    if tensor.is_quantized:
+        raise EncodeError("a quantized tensor cannot travel; send tensor.dequantize() instead")
+    if tensor.is_nested:
+        raise EncodeError("a nested tensor cannot travel; send tensor.to_padded_tensor(0) or its tensor.unbind() instead")
+    if tensor.layout is not torch.strided:
         raise EncodeError(f"a tensor of layout {tensor.layout} cannot travel; send tensor.to_dense() instead")
     if tensor.device.type != "cpu":
         raise EncodeError(f"a tensor on {tensor.device} cannot travel; send tensor.cpu() instead")

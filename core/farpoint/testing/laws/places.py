@@ -116,11 +116,18 @@ class TestL8TogetherOrNotAtAll(Law):
     def test_the_call_that_is_named_helps(self, network: Network) -> None:
         p, q, x = network.send(numbers(), "b"), network.send(numbers(), "a"), numbers()
         error = raised(lambda: p + q)
-        assert isinstance(error, NotColocatedError) and f"p.move({network.bob.id})" in error.fix
+        assert isinstance(error, NotColocatedError) and f"q.move({network.bob.id})" in error.fix
         assert torch.equal((p + q.move(network.bob.id)).get(), numbers() * 2)
         error = raised(lambda: p + x)
         assert isinstance(error, NotColocatedError) and f"x.send({network.bob.id})" in error.fix
         assert torch.equal((p + x.send(network.bob.id)).get(), numbers() * 2)
+        pp = network.send(numbers(), "ab")
+        error = raised(lambda: pp + x)
+        assert isinstance(error, NotColocatedError) and f"x.send({network.bob.id}).send({network.alice.id})" in error.fix
+        assert torch.equal(home(pp + x.send(network.bob.id).send(network.alice.id)), numbers() * 2)
+        error = raised(lambda: p + pp)
+        assert isinstance(error, NotColocatedError) and "get() shortens the longer one" in error.fix
+        assert torch.equal((p + pp.get()).get(), numbers() * 2)
 
     @pytest.mark.parametrize("chain", ["b", "ab", "cab"])
     def test_numbers_travel_along(self, network: Network, chain: str) -> None:
