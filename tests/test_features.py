@@ -149,6 +149,12 @@ class TestTags:
         with pytest.raises(InvalidNameError, match="at most 4096 characters"):
             data().describe(longest + "é")
 
+    def test_a_text_that_no_bytes_can_hold(self, net: Net) -> None:
+        p = data().send(net.bob)
+        with pytest.raises(InvalidNameError, match="surrogate"):
+            p.describe("half \ud800")
+        assert torch.equal(p.get(), data())
+
     @pytest.mark.parametrize(
         ("tags", "description"),
         [(["x"], ""), ([f"#{n}" for n in range(17)], ""), (["#a b"], ""), ("#x", ""), (7, ""), ([7], ""), ([], 4097 * "x"), ([], 7)],

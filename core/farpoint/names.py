@@ -15,6 +15,7 @@ from farpoint.limits import DEFAULT_LIMITS
 from farpoint.store import Annotation
 
 _ALPHABET: Final = re.compile(r"[A-Za-z0-9_.:#-]+")
+_HALVES: Final = re.compile("[\ud800-\udfff]")
 _LONGEST: Final = DEFAULT_LIMITS.name_chars
 _CHARACTERS: Final = "of the characters A-Z a-z 0-9 _ . : # -"
 
@@ -68,6 +69,8 @@ def check_description(text: object) -> str:
     """
     if not isinstance(text, str) or len(text) > DEFAULT_LIMITS.description_chars:
         raise InvalidNameError("description", _show(text), f"a text of at most {DEFAULT_LIMITS.description_chars} characters")
+    if _HALVES.search(text):  # Python has them, and UTF-8 has not: such a text cannot travel
+        raise InvalidNameError("description", ascii(text)[:80], "a text without halves of surrogate pairs")
     return text
 
 
