@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
@@ -23,14 +24,23 @@ from farpoint.serializer import Frame
 from farpoint.testing.transport import PATIENCE, Recorder, eventually
 from farpoint.transport import Link, Receiver
 from farpoint_tcp import link as link_module
-from farpoint_tcp.framing import Signal, encode
+from farpoint_tcp.framing import MAGIC, Signal, encode
 from farpoint_tcp.framing import signal as signal_bytes
+from farpoint_tcp.link import StreamLink
 from farpoint_tcp.memory import LAZY
 from farpoint_tcp.transport import TcpTransport
 from farpoint_tcp.watch import watch
-from tcp_stage import KINDS, MEBI, Pair, Stage, nothing_is_left, transport
+from tcp_stage import KINDS, MEBI, Held, Pair, Stage, exactly, nothing_is_left, transport
 
 __all__ = ["nothing_is_left", "transport"]  # fixtures
+
+
+def _fails(link: Link) -> bool:
+    try:
+        link.write([b"too late"])
+    except TransportError:
+        return True
+    return False
 
 
 def _messages(recorder: Recorder, count: int) -> bool:
@@ -57,18 +67,54 @@ def test_a_peer_that_is_quicker_to_close_is_no_loss(
 ) -> None:
     """The peer hangs up between our goodbye and our own end of the connection."""
     pair = Pair(transport)
-    shut = pair.near_link._stream.shut
-    closing = threading.current_thread()
 
-    def late() -> None:
-        if threading.current_thread() is closing:
-            eventually(lambda: pair.near.losses)
-        shut()
+    def until_the_peer_is_gone() -> int:
+        eventually(lambda: pair.near.losses)
+        return 0
 
-    monkeypatch.setattr(pair.near_link._stream, "shut", late)
+    monkeypatch.setattr(pair.near_link._stream, "undelivered", until_the_peer_is_gone)
     pair.near_link.close()
     eventually(lambda: pair.far.losses)
     assert pair.near.losses == pair.far.losses == [None]
+
+
+def test_what_came_before_a_write_failed_is_still_delivered(
+    transport: TcpTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StreamLink, "look", lambda self, now: 1.0)  # nobody reads before we do
+    near = Held()
+    pair = Pair(transport, near)
+    pair.far_link.write([b"busy"])
+    eventually(lambda: near.messages)
+    pair.far_link.write([b"last", bytes(100_000)])
+    pair.far_link.close()
+    eventually(lambda: pair.far.losses)
+    eventually(partial(_fails, pair.near_link))
+    near.gate.set()
+    eventually(lambda: near.losses)
+    assert near.messages == [[b"busy"], [b"last", bytes(100_000)]] and near.losses == [None]
+
+
+def test_a_close_may_take_long_as_long_as_it_makes_progress(
+    transport: TcpTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = Held()
+    pair = Pair(transport, far=far, near_limits=Limits(close_seconds=1000.0))
+    pair.near_link.write([b"busy"])
+    eventually(lambda: far.messages)
+    left, clock = [5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0], [0.0]
+
+    def less_and_less() -> int:
+        clock[0] += 600.0
+        return left.pop(0)
+
+    monkeypatch.setattr(link_module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    monkeypatch.setattr(pair.near_link._stream, "undelivered", less_and_less)
+    pair.near_link.close()
+    monkeypatch.undo()
+    far.gate.set()
+    eventually(lambda: pair.near.losses and far.losses)
+    assert pair.near.losses == far.losses == [None] and not left
 
 
 def test_a_close_waits_for_a_stuck_write_in_vain(transport: TcpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +177,7 @@ def test_a_close_waits_for_a_slow_peer(transport: TcpTransport) -> None:
         got += len(more)
         try:
             peer.sendall(encode([b"talk"])[0])
-        except ConnectionError:
+        except OSError:
             pass  # it has everything, and is gone
     assert got == 12 + 8 * MEBI + len(signal_bytes(Signal.GOODBYE))
     eventually(lambda: recorder.losses)
@@ -221,6 +267,9 @@ def test_nothing_leaks(transport: TcpTransport) -> None:
         (pair.near_link, pair.far_link)[_ % 2].close()
         with stage.raw() as stranger:
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with stage.raw() as stranger:
+            stranger.sendall(MAGIC + b"\x07\x00\x00")
+            assert exactly(stranger, 1)
         with stage.welcomed() as peer:
             peer.sendall(b"\xff" * 100)
     eventually(lambda: not watch._links)

@@ -17,8 +17,20 @@ from farpoint.limits import Limits
 from farpoint.testing.transport import Recorder, eventually
 from farpoint.transport import Link, Receiver
 from farpoint_tcp.door import MINUTE, Door, party
+from farpoint_tcp.framing import Answer, answer, greeting
 from farpoint_tcp.transport import TcpTransport, TlsTransport, UnixTransport
-from tcp_stage import CA, MEBI, Pair, Stage, TrustingTls, client_tls, nothing_is_left, server_tls, transport
+from tcp_stage import (
+    CA,
+    MEBI,
+    Pair,
+    Stage,
+    TrustingTls,
+    client_tls,
+    ends,
+    nothing_is_left,
+    server_tls,
+    transport,
+)
 
 __all__ = ["nothing_is_left", "transport"]  # fixtures
 
@@ -43,6 +55,17 @@ def test_every_wrong_token_gets_the_same_answer(transport: TcpTransport) -> None
         texts.add(caught.value.cause)
         assert "esame" not in caught.value.cause
     assert len(texts) == 1 and not stage.arrived
+
+
+def test_who_is_refused_may_finish_what_it_says(transport: TcpTransport) -> None:
+    """A connection that is closed with bytes unread is reset, and the answer may be lost with it."""
+    stage = Stage(transport, tokens=("sesame",))
+    with stage.raw() as stranger:
+        stranger.sendall(greeting(b"wrong"))
+        assert ends(stranger) == answer(Answer.NOT_LET_IN)
+        for _ in range(1000):
+            stranger.sendall(b"but")
+    assert not stage.arrived
 
 
 def test_only_the_address_that_guesses_has_to_wait() -> None:

@@ -94,7 +94,7 @@ def introduce(sock: socket.socket, url: str, token: bytes, deadline: Deadline) -
     try:
         sock.settimeout(deadline.left())
         sock.sendall(greeting(token))
-    except (BrokenPipeError, ConnectionResetError):
+    except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
         pass  # it may have answered before it closed
     answer = _read(sock, len(ANSWER_MAGIC) + 2, deadline)
     if not answer.startswith(ANSWER_MAGIC) or len(answer) < len(ANSWER_MAGIC) + 2:
@@ -158,7 +158,10 @@ def _read(sock: socket.socket, count: int, deadline: Deadline, expected: bytes =
 def _guess(answer: bytes) -> str:
     """Return what answers like this, and what to type in place of the URL."""
     if not answer:
-        return "somebody accepts there, and hangs up without a word: a listener for tls://, or none of farpoint's"
+        return (
+            "somebody accepts there, and hangs up without a word: a listener that was just closed, one for tls://, "
+            "or none of farpoint's"
+        )
     if answer.startswith((b"HTTP/", b"<")):
         return "an HTTP server answers there; a worker that listens for websockets is reached with ws:// or wss://"
     if answer.startswith(b"\x15\x03"):

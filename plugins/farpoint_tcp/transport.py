@@ -50,7 +50,7 @@ class TcpTransport(Transport):
         except (OSError, RuntimeError) as error:
             sock.close()
             cause = error.cause if isinstance(error, TransportError) else _explain(error, seconds)
-            where = "" if address in url else f"{address}: "
+            where = f"{address}: " if place.host and address not in url else ""
             raise TransportError(url, where + cause) from error
         except BaseException:
             sock.close()
