@@ -238,6 +238,7 @@ def test_answers_that_nobody_reads_do_not_pile_up(site: Site, monkeypatch: pytes
         pass  # the connection was cut
     site.gate.set()
     eventually(lambda: far.losses)
+    assert "the connection broke" in str(far.losses[0])  # and not: a write made no progress
     assert site.works()
 
 

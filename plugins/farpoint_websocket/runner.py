@@ -42,7 +42,8 @@ class Runner:
     def __init__(self) -> None:
         self.guests: set[Guest] = set()
         self._pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
+        # Not the loop of the policy: that one is chosen for the program around us.
+        self._loop = asyncio.SelectorEventLoop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, name="farpoint-websocket", daemon=True)
         self._thread.start()
