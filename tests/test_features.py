@@ -144,10 +144,16 @@ class TestTags:
             annotate(data(), tags="#x")
 
     def test_the_longest_description(self, net: Net) -> None:
-        longest = 4096 * "é"
+        longest = 1024 * "é"
         assert note_of(data().describe(longest).send(net.bob).get()).description == longest
-        with pytest.raises(InvalidNameError, match="at most 4096 characters"):
+        with pytest.raises(InvalidNameError, match="at most 1024 characters"):
             data().describe(longest + "é")
+
+    def test_a_packet_of_the_longest_descriptions(self, net: Net) -> None:
+        longest = 1024 * "\U0001f600"
+        pointers = [data().describe(longest).send(net.bob) for _ in range(130)]
+        assert note_of(pointers[-1].get(keep=True)).description == longest
+        assert len(net.bob._objects) == 130
 
     def test_a_text_that_no_bytes_can_hold(self, net: Net) -> None:
         p = data().send(net.bob)
@@ -157,7 +163,7 @@ class TestTags:
 
     @pytest.mark.parametrize(
         ("tags", "description"),
-        [(["x"], ""), ([f"#{n}" for n in range(17)], ""), (["#a b"], ""), ("#x", ""), (7, ""), ([7], ""), ([], 4097 * "x"), ([], 7)],
+        [(["x"], ""), ([f"#{n}" for n in range(17)], ""), (["#a b"], ""), ("#x", ""), (7, ""), ([7], ""), ([], 1025 * "x"), ([], 7)],
     )
     def test_the_worker_checks_what_arrives(self, net: Net, tags: Any, description: Any) -> None:
         p = data().tag("#good").send(net.bob)

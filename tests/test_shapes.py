@@ -129,7 +129,7 @@ class TestShapes:
         [
             ([Kind.PUT, 5, None, False, ["#a"] * 17, ""], "tags"),
             ([Kind.PUT, 5, None, False, ["#" * 65], ""], "name_chars"),
-            ([Kind.PUT, 5, None, False, [], "x" * 4097], "description_chars"),
+            ([Kind.PUT, 5, None, False, [], "x" * 1025], "description_chars"),
             ([Kind.TAG, 1, [f"#{i}" for i in range(17)], ""], "tags"),
             ([Kind.LINK, 5, "x" * 65, "", 5, SPEC, [], ""], "name_chars"),
             ([Kind.LINK, 5, "x", "y" * 1025, 5, SPEC, [], ""], "url_chars"),

@@ -27,6 +27,7 @@ from tcp_stage import (
     TrustingTls,
     client_tls,
     ends,
+    exactly,
     nothing_is_left,
     server_tls,
     transport,
@@ -62,9 +63,10 @@ def test_who_is_refused_may_finish_what_it_says(transport: TcpTransport) -> None
     stage = Stage(transport, tokens=("sesame",))
     with stage.raw() as stranger:
         stranger.sendall(greeting(b"wrong"))
-        assert ends(stranger) == answer(Answer.NOT_LET_IN)
+        assert exactly(stranger, len(answer(Answer.NOT_LET_IN))) == answer(Answer.NOT_LET_IN)
         for _ in range(1000):
             stranger.sendall(b"but")
+        assert ends(stranger) == b""
     assert not stage.arrived
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 import ssl
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
@@ -50,3 +52,17 @@ class Admission:
 
 NO_CREDENTIALS = Credentials()
 EVERYBODY = Admission()
+
+
+def name_in(certificate: Mapping[str, Any] | None) -> str:
+    """Return the name in a certificate that was verified: its first alternative name, else its common name.
+
+    Args:
+        certificate: As `ssl.SSLSocket.getpeercert` returns it; nothing, or empty, if none was shown.
+    """
+    if not certificate:
+        return ""
+    for _, name in certificate.get("subjectAltName", ()):
+        return str(name)
+    subject = {key: value for group in certificate.get("subject", ()) for key, value in group}
+    return str(subject.get("commonName", ""))

@@ -66,7 +66,7 @@ class Limits:
     failures: int = 4_096
     name_chars: int = 64
     url_chars: int = 1_024
-    description_chars: int = 4_096
+    description_chars: int = 1_024
     tags: int = 16
     objects: int = 100_000
     bytes: int = 4 * 1024 * MEBI

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from farpoint.access import name_in
 from farpoint.serializer import Frame
 
 NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -170,10 +171,4 @@ def prepare(sock: socket.socket) -> None:
 
 def remote_name(sock: socket.socket) -> str:
     """Return the name in the certificate that the peer has shown and we have verified, empty if there is none."""
-    certificate: Any = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
-    if not certificate:
-        return ""
-    for _, name in certificate.get("subjectAltName", ()):
-        return str(name)
-    subject = {key: value for group in certificate.get("subject", ()) for key, value in group}
-    return str(subject.get("commonName", ""))
+    return name_in(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else ""
