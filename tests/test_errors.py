@@ -54,8 +54,9 @@ SAMPLES: list[FarpointError] = [
     errors.ProtocolError("a packet must be a list"),
     errors.MalformedMessageError("PUT", "id", "an id", "'x'"),
     errors.StaleIncarnationError("an earlier life was meant"),
-    errors.TransportError("virtual://bob", "nobody listens there"),
-    errors.SynchronizationTimeoutError("bob", 2.5),
+    errors.TransportError("virtual://bob", "the token is not accepted there"),
+    errors.NobodyListensError("virtual://bob", "nobody listens there"),
+    errors.SynchronizationTimeoutError("bob", 2.5, "the link is gone"),
     errors.PluginError("serializer", "cbor", "no plugin provides it", ("msgpack", "torch"), "pip install farpoint-cbor"),
 ]
 BASES = {"FarpointError", "PointerError"}

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ import torch
 import farpoint
 from farpoint import PointerTensor, RemoteWorker, VirtualWorker
 from farpoint.catalogue import annotate, note_of
+from farpoint.channel import Lane
 from farpoint.errors import (
     InvalidNameError,
     LimitError,
@@ -32,6 +33,7 @@ from farpoint.errors import (
 from farpoint.listing import PAGE, ListedPointer, ListedTensor
 from farpoint.protocol.messages import Kind
 from farpoint.remote import preferred_serializers
+from farpoint.serializer import Frame
 from farpoint.store import Annotation
 
 farpoint.TorchHook(torch)
@@ -565,16 +567,19 @@ class TestUnseenErrors:
 
     def test_close_waits_for_what_a_worker_has_still_to_say(self) -> None:
         worker = VirtualWorker(id=f"w-{next(numbers)}")
-        peer, on_the_way = worker.peer, list[list[bytes]]()
-        receive, wait = peer.received, peer.wait
+        peer, on_the_way = worker.peer, list[tuple[Lane, list[bytes]]]()
+        receive, wait = peer.channel.received, peer.wait
 
-        def arrive_when_waited_for(reply: Any, seconds: float = 60.0) -> Any:
+        def arrive_when_waited_for(reply: Any, seconds: float | None = None) -> Any:
             peer.flush()
             while on_the_way:
-                receive(on_the_way.pop(0))
+                receive(*on_the_way.pop(0))
             return wait(reply, seconds)
 
-        peer.received = lambda frames: on_the_way.append([bytes(frame) for frame in frames])  # type: ignore[method-assign]
+        def come_later(lane: Lane, frames: Sequence[Frame]) -> None:
+            on_the_way.append((lane, [bytes(frame) for frame in frames]))
+
+        peer.channel.received = come_later  # type: ignore[method-assign]
         peer.wait = arrive_when_waited_for  # type: ignore[method-assign]
         self.singular(worker)
         worker.flush()

@@ -140,7 +140,7 @@ def test_nothing_is_written_while_a_worker_is_locked(transport: str, monkeypatch
     violations: list[str] = []
 
     def checked(self: Channel) -> None:
-        if self.link is not None:
+        if self.lane is not None:
             violations.extend(place.id for place in places if place.worker.lock._is_owned())  # type: ignore[attr-defined]
         flush(self)
 

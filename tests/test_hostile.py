@@ -162,7 +162,7 @@ class TestLinks:
         honest = clients[1]
         for n in range(5):
             error, text = honest.error([int(Kind.LINK), n + 1, f"nobody-{n}", f"virtual://nobody-{n}", 5, SPEC, [], ""])
-            assert error == "TransportError", text
+            assert error == "NobodyListensError", text
         bob.close()
 
     def test_an_answer_that_is_never_acknowledged_is_not_kept_for_ever(self) -> None:

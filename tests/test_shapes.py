@@ -111,8 +111,8 @@ class TestShapes:
     @pytest.mark.parametrize("kind", [kind for kind in Kind if kind in COMMANDS], ids=lambda kind: kind.name)
     def test_what_fits_is_done(self, mallory: RawClient, kind: Kind) -> None:
         expected = {
-            Kind.LINK: "TransportError",
-            Kind.MOVE: "TransportError",
+            Kind.LINK: "NobodyListensError",
+            Kind.MOVE: "NobodyListensError",
             Kind.TRANSFER: "WorkerNotFoundError",
         }
         (number,) = mallory.say(plain(samples()[kind]))

@@ -185,7 +185,7 @@ def _holds(recorder: Recorder, count: int) -> bool:
 
 
 def _heard_since(link: StreamLink, then: float) -> bool:
-    return link._heard > then
+    return link.heard > then
 
 
 def _write_often(link: Link, count: int) -> None:
@@ -223,7 +223,7 @@ def test_pings_are_answered_while_the_receiver_works(transport: TcpTransport) ->
     pair.near_link.write([b"work"])
     eventually(lambda: far.messages)
     for _ in range(2):  # the first answer may be to a ping that came before the work
-        eventually(partial(_heard_since, pair.near_link, pair.near_link._heard))
+        eventually(partial(_heard_since, pair.near_link, pair.near_link.heard))
     far.gate.set()
     assert not pair.near.losses and not far.losses
 
@@ -239,7 +239,7 @@ def test_a_receiver_without_room_says_that_it_lives_and_does_not_take_its_own_si
     thread.start()
     eventually(lambda: not pair.far_link._room())
     for later in (1000, 2000, 3000):
-        heard = pair.near_link._heard
+        heard = pair.near_link.heard
         pair.far_link.look(time.monotonic() + later)
         eventually(partial(_heard_since, pair.near_link, heard))
     far.gate.set()

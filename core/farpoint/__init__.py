@@ -1,5 +1,6 @@
 """Compute on PyTorch tensors that live on other machines, through pointers that are tensors."""
 
+from farpoint.connection import aconnect, connect
 from farpoint.errors import (
     DecodeError,
     EncodeError,
@@ -9,6 +10,7 @@ from farpoint.errors import (
     InvalidNameError,
     LimitError,
     MalformedMessageError,
+    NobodyListensError,
     NotColocatedError,
     ObjectNotFoundError,
     OperationNotAllowedError,
@@ -45,6 +47,7 @@ __all__ = [
     "InvalidNameError",
     "LimitError",
     "MalformedMessageError",
+    "NobodyListensError",
     "NotColocatedError",
     "ObjectNotFoundError",
     "OperationNotAllowedError",
@@ -68,6 +71,8 @@ __all__ = [
     "WorkerLostError",
     "WorkerNotFoundError",
     "WorkerRestartedError",
+    "aconnect",
+    "connect",
     "get",
     "me",
     "move",

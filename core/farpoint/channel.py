@@ -1,12 +1,15 @@
-"""One end of a session: link, serializer and numbered messages in one place, safe for threads."""
+"""One end of a session: numbered messages, a serializer, and the link that carries them now; safe for threads."""
 
 from __future__ import annotations
 
 import copy
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 from farpoint.errors import (
@@ -27,6 +30,9 @@ BATCH = 128
 LARGE = 2**20
 """Bytes from which on a tensor is written at once, and not copied before."""
 
+HEAVY = 64 * 1024
+"""Bytes of a frame that is acknowledged at once: the peer keeps it until then."""
+
 
 def bare(error: Exception | None) -> Exception | None:
     """Return an error that may be kept: one without a traceback, whose frames would keep their pointers."""
@@ -34,25 +40,43 @@ def bare(error: Exception | None) -> Exception | None:
 
 
 class _Thread(threading.local):
-    """Whether this thread is carrying out what a link has brought."""
+    """The channel whose messages this thread carries out, None for a thread that carries out none."""
 
-    delivering = False
+    delivering: Channel | None = None
 
 
 _thread = _Thread()
 
 
+class Lane:
+    """One link of a channel, and what is on its way out over it.
+
+    Args:
+        link: The link.
+        held: Whether nothing is written before `Channel.release`.
+    """
+
+    def __init__(self, link: Link, *, held: bool = False) -> None:
+        self.link = link
+        self.out: deque[list[Frame]] = deque()
+        self.busy = held
+
+
 class Channel:
-    """Carries the messages of one session over one link.
+    """Carries the messages of one session, over one link after another.
 
     Packets are packed and encoded in order under the lock, and written outside it: a write may deliver at once, and what it
     delivers may come back to this channel before it returns.
+
+    A write may also wait for the peer, unless the transport is inline. So a thread that carries out what another channel has
+    brought never writes here itself, or one slow peer would hold up the others: a thread of this channel does.
 
     Args:
         name: Who is at the other end, for errors.
         deliver: Called with the number and content of each message that arrives, in order.
         after: Called when the messages of one packet have been delivered.
         complain: Called with the reason before a peer that breaks the protocol loses the link.
+        patient: Whether the thread that carries out what this channel has brought may wait for the peer to take the answers.
     """
 
     def __init__(
@@ -61,30 +85,64 @@ class Channel:
         deliver: Callable[[int, list[Any]], None],
         after: Callable[[], None],
         complain: Callable[[FarpointError], None] = lambda _: None,
+        *,
+        patient: bool = False,
     ) -> None:
         self.name = name
         self.lock = threading.RLock()
         self.lost: Exception | None = None
+        self.lane: Lane | None = None
+        self.inline = True
+        self.heard = time.monotonic()
+        self._turn = threading.RLock()
         self._deliver = deliver
         self._after = after
         self._complain = complain
-        self._out: deque[list[Frame]] = deque()
-        self._writing = False
-        self.link: Link | None = None
+        self._patient = patient
+        self._writer: SimpleQueue[Lane | None] | None = None
         _channels.add(self)
 
-    def open(self, link: Link, session: Session, serializer: Serializer) -> None:
+    def open(self, lane: Lane, session: Session, serializer: Serializer, *, inline: bool) -> None:
         """Begin to speak."""
         self.session = session
         self.serializer = serializer
-        self.link = link  # last: from here on others flush
+        self.inline = inline
+        self.lane = lane  # last: from here on others flush
+
+    def resume(self, lane: Lane, taken: int) -> None:
+        """Go on over a new link, after the peer has said what it had taken. What was under way is sent again.
+
+        The lane must be held: `release` lets it go.
+
+        Raises:
+            ProtocolError: The peer cannot have taken that.
+        """
+        with self.lock:
+            if self.lost is not None:
+                raise self.ended()
+            lane.out.extend(self.serializer.encode(packet) for packet in self.session.resume(taken))
+            before, self.lane = self.lane, lane
+        if before is not None:
+            before.link.close()
+
+    def release(self, lane: Lane) -> None:
+        """Let what waits for a held lane go."""
+        self._hand_over(lane)
+
+    def part(self, lane: Lane) -> bool:
+        """Learn that a link is gone. Return whether it was the one in use."""
+        with self.lock:
+            if self.lane is not lane:
+                return False
+            self.lane = None
+            return True
 
     def submit(self, message: list[Any]) -> int:
         """Take a message for the next packet and return its number. Called with the lock held.
 
         Raises:
-            WorkerLostError: The link is gone.
-            ProtocolError: It was closed because the peer broke the protocol.
+            WorkerLostError: The session is over.
+            ProtocolError: It was ended because the peer broke the protocol.
             ForkedPointerError: It belongs to the process that this one was forked from.
         """
         if self.lost is not None:
@@ -97,60 +155,109 @@ class Channel:
         return isinstance(self.lost, ForkedPointerError)
 
     def ended(self) -> FarpointError:
-        """Return the error for whoever needs a link that is gone. Each gets one of its own: a traceback keeps what it refers to."""
+        """Return the error for whoever needs a session that is over. Each gets one of its own: a traceback keeps what it refers to."""
         if isinstance(self.lost, ForkedPointerError):
             return ForkedPointerError(self.lost.pointer)
+        if isinstance(self.lost, WorkerLostError):
+            return type(self.lost)(self.name, self.lost.cause)
         if isinstance(self.lost, ProtocolError | DecodeError):
             return ProtocolError(f"{self.name} broke the protocol, and the link to it was closed: {self.lost}")
         return WorkerLostError(self.name, str(self.lost))
 
     def flush(self) -> None:
-        """Send what is waiting."""
+        """Send what is waiting, if there is a link now."""
         with self.lock:
-            link = self.link
-            if self.lost is not None or link is None:
+            lane = self.lane
+            if self.lost is not None or lane is None:
                 return
             packet = self.session.pack()
-            if packet is None and not self._out:
+            if packet is None and not lane.out:
                 return
-            busy = self._writing
+            direct = not lane.busy and self._may_write()
             if packet is not None:
                 frames = self.serializer.encode(packet)
                 # Frames alias tensors that may change as soon as this call returns; whoever writes will not be done by then.
-                self._out.append([bytes(frame) for frame in frames] if busy else frames)
-            if busy:
+                lane.out.append(frames if direct else [bytes(frame) for frame in frames])
+            if lane.busy:
                 return
-            self._writing = True
+            lane.busy = True
+        if direct:
+            self._drain(lane)
+        else:
+            self._hand_over(lane)
+
+    def _may_write(self) -> bool:
+        delivering = _thread.delivering
+        return self.inline or delivering is None or delivering is self and self._patient
+
+    def _hand_over(self, lane: Lane) -> None:
+        """Let the thread of this channel drain a lane that is busy."""
+        if self.inline:
+            self._drain(lane)
+            return
+        with self.lock:
+            if self._writer is None:
+                lanes: SimpleQueue[Lane | None] = SimpleQueue()
+                self._writer = lanes
+                arguments = (weakref.ref(self, lambda _: lanes.put(None)), lanes)
+                threading.Thread(target=_write, args=arguments, name=f"farpoint writer to {self.name}", daemon=True).start()
+            self._writer.put(lane)
+
+    def _drain(self, lane: Lane) -> None:
         while True:
             with self.lock:
-                if not self._out:
-                    self._writing = False
+                if not lane.out:
+                    lane.busy = False
                     return
-                frames = self._out.popleft()
+                frames = lane.out.popleft()
             try:
-                link.write(frames)
+                lane.link.write(frames)
             except TransportError as error:
                 with self.lock:
-                    self._writing = False
-                    self.lost = self.lost or bare(error)
+                    # It stays busy: whoever receives hears that the link is gone, and why.
+                    lane.out.clear()
+                    if self.inline:
+                        self.lost = self.lost or bare(error)
                 return
 
-    def received(self, frames: Sequence[Frame]) -> None:
-        """Take a packet from the link. A peer that breaks the protocol costs itself the link, and nobody else anything."""
-        delivering = _thread.delivering
-        _thread.delivering = True
+    def received(self, lane: Lane, frames: Sequence[Frame]) -> None:
+        """Take a packet from a link. A peer that breaks the protocol costs itself the link, and nobody else anything."""
+        if self.inline:
+            self._receive(frames)
+            return
+        # What an earlier link has brought is carried out first, and what it brings later is sent again over this one.
+        with self._turn:
+            if self.lane is lane:
+                self.heard = time.monotonic()
+                self._receive(frames)
+
+    def _receive(self, frames: Sequence[Frame]) -> None:
+        before, _thread.delivering = _thread.delivering, self
         try:
-            packet = self.serializer.decode(frames)
-            with self.lock:
-                messages = self.session.receive(packet)
-            for number, message in messages:
-                self._deliver(number, message)
-        except FarpointError as error:
-            self._complain(error)
-            self.fail(error)
+            try:
+                packet = self.serializer.decode(frames)
+                with self.lock:
+                    messages = self.session.receive(packet)
+                for number, message in messages:
+                    self._deliver(number, message)
+            except FarpointError as error:
+                self._complain(error)
+                self.fail(error)
+            # Nothing may go back over this channel for long, and the peer keeps what it has sent until it hears of it.
+            if not self._patient and (self.session.owed >= BATCH or any(len(frame) > HEAVY for frame in frames)):
+                self.flush()
+            self._after()
         finally:
-            _thread.delivering = delivering
-        self._after()
+            _thread.delivering = before
+
+    @contextmanager
+    def delivering(self) -> Iterator[None]:
+        """Mark this thread as one that carries out what the channel has brought."""
+        before, _thread.delivering = _thread.delivering, self
+        try:
+            yield
+        finally:
+            _thread.delivering = before
 
     def may_wait(self) -> bool:
         """Return whether this thread may wait for the peer.
@@ -158,15 +265,32 @@ class Channel:
         It must not while it delivers, for it may be the one that would bring what it waits for, nor while it holds the lock
         that whoever brings it needs.
         """
-        return not _thread.delivering and not self.lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition does
+        return _thread.delivering is None and not self.lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition does
 
     def fail(self, cause: Exception) -> None:
-        """Give the link up."""
+        """Give the session up."""
         with self.lock:
             if self.lost is None:
                 self.lost = bare(cause)
-        if self.link is not None:
-            self.link.close()
+            lane = self.lane
+        if lane is not None:
+            lane.link.close()
+
+    def end(self) -> None:
+        """Let the writing thread go, if there is one. Called when the session is over."""
+        with self.lock:
+            if self._writer is not None:
+                self._writer.put(None)
+
+
+def _write(reference: weakref.ref[Channel], lanes: SimpleQueue[Lane | None]) -> None:
+    """Drain the lanes that a channel hands over, until it is over or forgotten."""
+    while (lane := lanes.get()) is not None:
+        channel = reference()
+        if channel is None:
+            return
+        channel._drain(lane)
+        del channel
 
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()

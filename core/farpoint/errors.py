@@ -27,6 +27,7 @@ what to type next::
     │   ├── MalformedMessageError             a message is not what its kind declares
     │   └── StaleIncarnationError             it speaks to an earlier life of this process
     ├── TransportError (ConnectionError)    a link could not be made, or broke
+    │   └── NobodyListensError                nobody listens where it was to lead
     ├── SynchronizationTimeoutError (TimeoutError)  nothing arrived for too long
     └── PluginError (RuntimeError)          a plugin is missing, broken or clashes with another
 
@@ -418,18 +419,27 @@ class TransportError(FarpointError, ConnectionError):
         super().__init__(f"{url}: {cause}; {fix}.")
 
 
+class NobodyListensError(TransportError):
+    """Nobody listens where a link was to lead: the worker is not running, or runs elsewhere."""
+
+
 class SynchronizationTimeoutError(FarpointError, TimeoutError):
     """Nothing arrived from a worker for too long.
 
     Attributes:
         worker: Who is silent.
         seconds: How long was waited without progress.
+        cause: Why, as far as it is known.
     """
 
-    def __init__(self, worker: str, seconds: float) -> None:
+    def __init__(self, worker: str, seconds: float, cause: str = "") -> None:
         self.worker = worker
         self.seconds = seconds
-        super().__init__(f"{worker} made no progress for {seconds:g} s. Nothing was given up: the same call may be repeated.")
+        self.cause = cause
+        why = f" ({cause})" if cause else ""
+        super().__init__(
+            f"{worker} made no progress for {seconds:g} s{why}. Nothing was given up: the same call may be repeated."
+        )
 
 
 class PluginError(FarpointError, RuntimeError):

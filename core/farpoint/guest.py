@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from farpoint.channel import Channel
-from farpoint.errors import FarpointError, LimitError, ProtocolError
+from farpoint.channel import Channel, Lane
+from farpoint.errors import FarpointError, LimitError, ProtocolError, TransportError, WorkerLostError
 from farpoint.failures import describe_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
@@ -26,12 +28,106 @@ if TYPE_CHECKING:
 GREETING_BYTES = 64 * 1024
 
 
+class Doorstep:
+    """One link to a worker: it takes the greeting, and then what the client sends.
+
+    Args:
+        worker: Whom the link leads to.
+        link: The link.
+        inline: Whether its transport is inline.
+    """
+
+    def __init__(self, worker: Worker, link: Link, *, inline: bool) -> None:
+        self._worker = worker
+        self._link = link
+        self._inline = inline
+        self._lane = Lane(link, held=True)
+        self._guest: Guest | None = None
+
+    def received(self, frames: Sequence[Frame]) -> None:
+        """Take a message from the link: the greeting, then packets."""
+        guest = self._guest
+        if guest is not None:
+            guest.channel.received(self._lane, frames)
+            return
+        answer = self._greet(bytes(frames[0][:GREETING_BYTES]) if frames else b"")
+        try:
+            self._link.write([json.dumps(answer).encode()])
+        except TransportError:
+            return  # it has hung up; `lost` follows
+        if self._guest is None:
+            self._link.close()
+        else:
+            self._guest.channel.release(self._lane)
+
+    def lost(self, cause: Exception | None) -> None:
+        """Learn that the link is gone."""
+        if self._guest is not None:
+            self._guest.parted(self._lane, cause)
+
+    def _greet(self, text: bytes) -> dict[str, Any]:
+        worker = self._worker
+        try:
+            hello = json.loads(text)
+            version = hello.get("farpoint") if isinstance(hello, dict) else hello
+            if version != 1:
+                return {"refused": f"{worker.id} speaks protocol 1, not {brief(version)}"}
+            HELLO.check_map(hello, worker.limits)
+        except (ValueError, RecursionError, FarpointError) as error:
+            return {"refused": f"this is not the greeting of a farpoint client: {str(error)[:200]}"}
+        if hello.get("taken") is not None:
+            return self._take_back(hello)
+        known = plugins.serializer_names()
+        shared = [name for name in hello["serializers"] if name in known]
+        if not shared:
+            return {"refused": f"none of the serializers that were offered is known here; known: {known}"}
+        if len(worker.guests) >= worker.limits.links:
+            return {"refused": f"{worker.id} has {worker.limits.links} clients, as many as it takes"}
+        guest = Guest(worker, hello)
+        # Whoever has learnt the number of a session must not become that session. Not under the worker's lock: the thread
+        # that dials us may hold that of its own worker.
+        if worker.guests.setdefault(guest.holder, guest) is not guest:
+            return {"refused": "this session is in use"}
+        serializer = plugins.serializer(shared[0], worker.limits)
+        session = Session(worker.incarnation, guest.incarnation, worker.limits.answers())
+        guest.channel.open(self._lane, session, serializer, inline=self._inline)
+        self._guest = guest
+        worker.logger.info("%s: a session with %s at %s begins", worker.id, guest.name, self._link.address or "this process")
+        return {
+            "worker": worker.id,
+            "incarnation": worker.incarnation.hex(),
+            "serializer": shared[0],
+            "limits": worker.limits.advertised(),
+        }
+
+    def _take_back(self, hello: dict[str, Any]) -> dict[str, Any]:
+        """Answer a client that had a session here: with how much of it has come, if it is still there."""
+        worker = self._worker
+        answer = {"worker": worker.id, "incarnation": worker.incarnation.hex(), "serializer": hello["serializers"][0]}
+        guest = worker.guests.get(hello["session"])
+        if guest is None or not guest.secret or not hmac.compare_digest(guest.secret, str(hello.get("secret")).encode()):
+            return answer
+        try:
+            if not guest.take_back(self._lane, hello["taken"]):
+                return answer
+        except FarpointError as error:
+            return {"refused": str(error)[:200]}
+        self._guest = guest
+        worker.logger.info("%s: the session with %s goes on from %s", worker.id, guest.name, self._link.address)
+        return {**answer, "taken": guest.channel.session.taken}
+
+
 class Guest:
     """A client of this worker.
+
+    Args:
+        worker: The worker.
+        hello: Its greeting, which was checked.
 
     Attributes:
         name: What the client calls itself.
         holder: Its session, as the holders' list names it.
+        secret: What shows that a later link is of the same client.
         held: The ids that it has a reference to.
         templates: What it has defined, by slot.
         at_once: Whether the last answer must be written before the next command is executed.
@@ -45,15 +141,15 @@ class Guest:
         left: Whether it is gone, and what it held with it.
     """
 
-    quota: Quota
-
-    def __init__(self, worker: Worker, link: Link) -> None:
+    def __init__(self, worker: Worker, hello: dict[str, Any]) -> None:
         self.worker = worker
-        self.name = ""
-        self.url = ""
-        self.holder = 0
-        self.incarnation = b""
-        self.held: set[int] = set()
+        self.name: str = hello["client"]
+        self.url: str = hello["url"]
+        self.holder: int = hello["session"]
+        self.secret = str(hello.get("secret") or "").encode()
+        self.incarnation = bytes.fromhex(hello["incarnation"])
+        self.held: set[int] = worker.holders.held(self.holder)
+        self.quota = Quota(worker.id, worker.store, self.held, worker.limits)
         self.templates: dict[int, Template] = {}
         self.refused: dict[int, dict[str, Any]] = {}
         self.template_items = 0
@@ -62,61 +158,48 @@ class Guest:
         self.bad = 0
         self.doomed: ProtocolError | None = None
         self.left = False
-        self._onward: dict[Peer, deque[int]] = {}
         self.at_once = False
-        self._link = link
-        self._greeted = False
-        self.channel = Channel("a client", self._deliver, self._after, self._complain)
+        self._onward: dict[Peer, deque[int]] = {}
+        self._lease: threading.Timer | None = None
+        self.channel = Channel(self.name, self._deliver, self._after, self._complain, patient=True)
 
-    def received(self, frames: Sequence[Frame]) -> None:
-        """Take a message from the link: the greeting, then packets."""
-        if self._greeted:
-            self.channel.received(frames)
+    def take_back(self, lane: Lane, taken: int) -> bool:
+        """Go on over a new link. Return False if this session is over.
+
+        Raises:
+            ProtocolError: The client cannot have taken what it says it has.
+        """
+        with self.worker.lock:
+            if self.left or self.channel.lost is not None or self.doomed is not None:
+                return False
+            self.channel.resume(lane, taken)
+            self._end_lease()
+            return True
+
+    def parted(self, lane: Lane, cause: Exception | None) -> None:
+        """Learn that a link is gone. Unless one side has ended the session, it waits for another one while its lease runs."""
+        if not self.channel.part(lane):
             return
-        answer = self._greet(frames)
-        self._link.write([json.dumps(answer).encode()])
-        if not self._greeted:
-            self._link.close()
-
-    def _greet(self, frames: Sequence[Frame]) -> dict[str, Any]:
-        worker = self.worker
-        try:
-            hello = json.loads(bytes(frames[0][:GREETING_BYTES]) if frames else b"")
-            version = hello.get("farpoint") if isinstance(hello, dict) else hello
-            if version != 1:
-                return {"refused": f"{worker.id} speaks protocol 1, not {brief(version)}"}
-            HELLO.check_map(hello, worker.limits)
-        except (ValueError, RecursionError, FarpointError) as error:
-            return {"refused": f"this is not the greeting of a farpoint client: {str(error)[:200]}"}
-        known = plugins.serializer_names()
-        shared = [name for name in hello["serializers"] if name in known]
-        if not shared:
-            return {"refused": f"none of the serializers that were offered is known here; known: {known}"}
-        if len(worker.guests) >= worker.limits.links:
-            return {"refused": f"{worker.id} has {worker.limits.links} clients, as many as it takes"}
-        self.name, self.url, self.holder = hello["client"], hello["url"], hello["session"]
-        self.incarnation = bytes.fromhex(hello["incarnation"])
-        self.channel.name = self.name
-        serializer = plugins.serializer(shared[0], worker.limits)
-        self.channel.open(self._link, Session(worker.incarnation, self.incarnation, worker.limits.answers()), serializer)
-        self.held = worker.holders.held(self.holder)
-        self.quota = Quota(worker.id, worker.store, self.held, worker.limits)
-        # Whoever has learnt the number of a session must not become that session. Not under the worker's lock: the thread
-        # that dials us may hold that of its own worker.
-        if worker.guests.setdefault(self.holder, self) is not self:
-            return {"refused": "this session is in use"}
-        self._greeted = True
-        return {
-            "worker": worker.id,
-            "incarnation": worker.incarnation.hex(),
-            "serializer": shared[0],
-            "limits": worker.limits.advertised(),
-        }
-
-    def lost(self, cause: Exception | None) -> None:
-        """Learn that the link is gone: without leases yet, its references are given up at once."""
-        if self._greeted:
+        if cause is None or self.channel.inline or self.channel.lost is not None or not self.secret:
             self.worker.guest_lost(self)
+            return
+        self.worker.logger.info("%s: the link to %s is lost: %s", self.worker.id, self.name, cause)
+        with self.worker.lock:
+            if self.channel.lane is None and not self.left:
+                self._lease = threading.Timer(self.worker.limits.lease_seconds, self.worker.guest_lost, [self])
+                self._lease.daemon = True
+                self._lease.start()
+
+    def leave(self) -> None:
+        """End the session. Called with the worker's lock held."""
+        self.left = True
+        self._end_lease()
+        self.channel.fail(WorkerLostError(self.name, "its session is over"))
+
+    def _end_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.cancel()
+            self._lease = None
 
     def pass_on(self, peer: Peer) -> None:
         """Count a command that is about to be passed on to another worker.
@@ -172,8 +255,10 @@ class Guest:
         self.channel.flush()
 
     def close(self) -> None:
-        """End the link."""
-        self._link.close()
+        """End the link, in good order."""
+        lane = self.channel.lane
+        if lane is not None:
+            lane.link.close()
 
     def _deliver(self, number: int, message: list[Any]) -> None:
         self.worker.execute(self, number, message)

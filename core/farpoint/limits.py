@@ -45,6 +45,9 @@ class Limits:
         stall_seconds: Time that a write may make no progress.
         links_per_address: Links from one address.
         failed_logins: Wrong tokens from one address in a minute, before it has to wait for one.
+        progress_seconds: Time that a call waits for a worker that gives no sign of life.
+        lease_seconds: Time that a session outlives its link, and what it holds with it.
+        reconnect_seconds: Time that a client tries to come back while nobody listens where its worker was.
     """
 
     header_bytes: int = MEBI
@@ -80,8 +83,11 @@ class Limits:
     stall_seconds: float = 15.0
     links_per_address: int = 32
     failed_logins: int = 5
+    progress_seconds: float = 30.0
+    lease_seconds: float = 60.0
+    reconnect_seconds: float = 15.0
 
-    def advertised(self) -> dict[str, int]:
+    def advertised(self) -> dict[str, float]:
         """Return the limits by name, as a welcome carries them."""
         return attrs.asdict(self)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import secrets
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from farpoint.channel import BATCH, Channel, bare
+from farpoint.access import NO_CREDENTIALS, Credentials
+from farpoint.approach import Approach, come_back
+from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
     FarpointError,
     LimitError,
@@ -27,19 +29,14 @@ from farpoint.failures import read_failure, revive_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
-from farpoint.protocol.shapes import FAILURE, WELCOME, brief, check_answer
+from farpoint.protocol.shapes import FAILURE, brief, check_answer
 from farpoint.provenance import NOWHERE, Origin, spell
-from farpoint.serializer import Frame
-from farpoint.transport import Link
 
 if TYPE_CHECKING:
     from farpoint.template import Template
     from farpoint.worker import Worker
 
 PROMISED_BYTES = 16 * 2**20
-LARGE_ANSWER = 64 * 1024
-"""Bytes of an answer that is acknowledged at once: the worker keeps it until then."""
-WELCOME_BYTES = 64 * 1024
 
 RUN, DEFINE, SYNC = int(Kind.RUN), int(Kind.DEFINE), int(Kind.SYNC)
 
@@ -87,14 +84,26 @@ class Peer:
         name: The worker that executes.
         url: Where it listens.
         serializers: Names to offer, best first.
+        credentials: What is shown there.
+
+    Attributes:
+        closing: Set when the session is over.
+        absence: Why there is no link now, if there is none.
     """
 
-    def __init__(self, owner: Worker, name: str, url: str, serializers: Sequence[str]) -> None:
+    def __init__(
+        self, owner: Worker, name: str, url: str, serializers: Sequence[str], credentials: Credentials = NO_CREDENTIALS
+    ) -> None:
         self.owner = owner
         self.name = name
         self.url = url
+        self.credentials = credentials
+        self.offered = list(serializers)
         self.session_id = secrets.randbits(62) + 1
-        self.limits = owner.limits
+        self.secret = secrets.token_hex(16)
+        self.closing = threading.Event()
+        self.absence = ""
+        self.limits = credentials.limits
         self.dropped: deque[int] = deque()
         self.pending: dict[int, Reply] = {}
         self.orphans: deque[int] = deque(maxlen=self.limits.failures)
@@ -102,47 +111,51 @@ class Peer:
         self._counts: dict[int, int] = {}
         self._slots: dict[int, tuple[int, Template]] = {}
         self._issued: deque[tuple[int, Origin]] = deque(maxlen=2 * self.limits.commands_in_flight)
-        self._welcome = threading.Event()
         self._welcomed = False
         self._deferred: list[Callable[[], None]] = []
-        self._refusal: FarpointError | None = None
         self._promised = 0
         self._room = self.limits.commands_in_flight // 2
         self._milestone: Reply | None = None
-        self._offered = list(serializers)
-        self._link: Link | None = None
+        self._approach = Approach(self)
         self.incarnation = b""
         self.channel = Channel(name, self._deliver, self._after)
         self.channel.session = Session(owner.incarnation, self.incarnation, self.limits)
 
+    @property
+    def over(self) -> bool:
+        """Whether the session is over, or about to be."""
+        return self.closing.is_set()
+
     def dial(self) -> None:
-        """Make the link, greet, and wait for the welcome, unless this thread must not wait.
+        """Make the link, greet, and wait for the welcome, unless this thread must not wait: then another one does.
 
         Raises:
             FarpointError: There is nobody, or somebody else, or we are refused.
         """
-        owner = self.owner
-        hello = {
-            "farpoint": 1,
-            "client": owner.id,
-            "url": owner.url,
-            "session": self.session_id,
-            "incarnation": owner.incarnation.hex(),
-            "serializers": self._offered,
-        }
+        self._approach = Approach(self)
+        if self.channel.may_wait() or plugins.transport(self.url).inline:
+            self._dial(self._approach)
+            return
+        threading.Thread(target=self._dial_alone, name=f"farpoint dials {self.url}", daemon=True).start()
+
+    def _dial(self, approach: Approach) -> None:
         try:
-            self._link = plugins.transport(self.url).connect(self.url, self)
-            self._link.write([json.dumps(hello).encode()])
-            if self.channel.may_wait() and not self._welcome.wait(5):
-                raise SynchronizationTimeoutError(self.name or self.url, 5)
-            if self._refusal is not None:
-                raise copy.copy(self._refusal)
+            approach.dial()
+            if self.channel.may_wait():
+                approach.wait(self.limits.open_seconds)
+            elif approach.refusal is not None:
+                raise copy.copy(approach.refusal)
         except FarpointError as error:
             # Without the traceback, whose frames would keep the pointers of whoever called.
-            self.channel.lost = self._refusal = copy.copy(error)
-            self._welcome.set()
-            self.close()
+            self.end(copy.copy(error))
+            approach.close()
             raise
+
+    def _dial_alone(self) -> None:
+        try:
+            self._dial(self._approach)
+        except FarpointError:
+            pass  # who waits for an answer has been told
 
     def defer(self, call: Callable[[], None]) -> bool:
         """Call something as soon as the other worker has said who it is; return False, and do not, if it has.
@@ -157,48 +170,19 @@ class Peer:
         self._deferred.append(call)
         return True
 
-    def received(self, frames: Sequence[Frame]) -> None:
-        """Take a message from the link: the welcome, then packets."""
-        if not self._welcome.is_set():
-            try:
-                self._take_welcome(bytes(frames[0][:WELCOME_BYTES]) if frames else b"")
-            except (ValueError, RecursionError, FarpointError) as error:
-                self._refusal = ProtocolError(f"{self.name or self.url} does not greet like a worker: {str(error)[:500]}")
-            if self._refusal is not None:
-                self.channel.fail(self._refusal)
-            self._welcome.set()
-            self.soon()
-            self._after()
-        elif self._refusal is None:
-            self.channel.received(frames)
-            if self.channel.lost is None and (
-                self.channel.session.owed >= BATCH or any(len(frame) > LARGE_ANSWER for frame in frames)
-            ):
-                self.channel.flush()
-
-    def _take_welcome(self, text: bytes) -> None:
-        welcome = json.loads(text)
-        if isinstance(welcome, dict) and isinstance(welcome.get("refused"), str):
-            self._refusal = ProtocolError(f"{self.name or self.url} refused us: {welcome['refused'][:500]}")
-            return
-        WELCOME.check_map(welcome)
-        name, serializer = welcome["worker"], welcome["serializer"]
-        if self.name and name != self.name:
-            raise MalformedMessageError("the welcome", "worker", f"{self.name!r}, who was called", repr(name))
-        if serializer not in self._offered:
-            raise MalformedMessageError("the welcome", "serializer", f"one of {self._offered}", repr(serializer))
-        if self._link is None:
-            raise MalformedMessageError("the welcome", "it", "the answer to a greeting", "one before it")
+    def begin(self, lane: Lane, welcome: dict[str, Any]) -> None:
+        """Take a welcome that was checked: the session begins."""
         theirs = welcome.get("limits")
-        for limit in ("commands_in_flight", "templates"):
-            allowed = theirs.get(limit) if isinstance(theirs, dict) else None
-            if type(allowed) is int and 2 <= allowed < getattr(self.limits, limit):
+        for limit, kinds in (("commands_in_flight", (int,)), ("templates", (int,)), ("lease_seconds", (int, float))):
+            allowed: Any = theirs.get(limit) if isinstance(theirs, dict) else None
+            if type(allowed) in kinds and 2 <= allowed < getattr(self.limits, limit):
                 self.limits = attrs.evolve(self.limits, **{limit: allowed})
         self._room = self.limits.commands_in_flight // 2
         self.incarnation = bytes.fromhex(welcome["incarnation"])
-        self.name = self.channel.name = name
+        self.name = self.channel.name = welcome["worker"]
         self.channel.session.remote = self.incarnation
-        self.channel.open(self._link, self.channel.session, plugins.serializer(serializer, self.owner.limits))
+        serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
+        self.channel.open(lane, self.channel.session, serializer, inline=plugins.transport(self.url).inline)
         with self.owner.lock:
             self._welcomed = True
             self.owner.peer_back(self)
@@ -206,16 +190,30 @@ class Peer:
             for call in deferred:
                 call()
 
-    def lost(self, cause: Exception | None) -> None:
-        """Learn that the link is gone: everybody who waits is told."""
+    def refused(self, approach: Approach, refusal: FarpointError) -> None:
+        """Learn that a worker does not take us: at first, that is the end."""
+        if approach is self._approach:
+            self.channel.fail(refusal)
+
+    def parted(self, approach: Approach, lane: Lane | None, cause: Exception | None) -> None:
+        """Learn that a link is gone: the session goes on over another one, unless one side has ended it."""
+        if lane is None:
+            if approach is self._approach:
+                self.end(approach.refusal)
+        elif self.channel.part(lane):
+            if cause is None or self.channel.inline or self.channel.lost is not None or self.over:
+                self.end(cause)
+                return
+            self.absence = str(cause)
+            threading.Thread(target=come_back, args=(self, cause), name=f"farpoint redials {self.url}", daemon=True).start()
+
+    def end(self, cause: Exception | None) -> None:
+        """End the session: everybody who waits is told."""
+        self.closing.set()
         with self.channel.lock:
             self.channel.lost = self.channel.lost or bare(cause) or ConnectionError("the worker was closed")
             waiting = list(self.pending.values())
             self.pending.clear()
-        if not self._welcomed:
-            closed = TransportError(self.url, f"the link was closed before {self.name or 'the worker'} greeted us")
-            self._refusal = self._refusal or closed
-            self._welcome.set()
         self.owner.peer_lost(self)
         for reply in waiting:
             reply.error = {"lost": True}
@@ -344,15 +342,26 @@ class Peer:
             self.pending[self.channel.submit(message)] = reply
         return reply
 
-    def wait(self, reply: Reply, seconds: float = 60.0) -> Any:
+    def wait(self, reply: Reply, seconds: float | None = None) -> Any:
         """Return an answer, or raise the error that came instead.
+
+        Args:
+            reply: What is waited for.
+            seconds: For how long at most. If not given, as long as the worker gives signs of life.
 
         Raises:
             SynchronizationTimeoutError: Neither came.
         """
         self.flush()
-        if not reply.done.wait(seconds):
-            raise SynchronizationTimeoutError(self.name, seconds)
+        patience = self.limits.progress_seconds if seconds is None else seconds
+        began = time.monotonic()
+        left = patience
+        while not reply.done.wait(left):
+            lane = self.channel.lane
+            alive = 0.0 if seconds is not None else max(self.channel.heard, lane.link.heard if lane is not None else 0.0)
+            left = max(began, alive) + patience - time.monotonic()
+            if left <= 0:
+                raise SynchronizationTimeoutError(self.name or self.url, patience, "" if lane is not None else self.absence)
         if reply.error is not None:
             raise self.error(reply.error)
         return reply.value
@@ -396,9 +405,13 @@ class Peer:
         return self.channel.ended()
 
     def close(self) -> None:
-        """End the link."""
-        if self._link is not None and not self.channel.inherited:
-            self._link.close()
+        """End the session."""
+        self.closing.set()
+        if not self.channel.inherited:
+            self._approach.close()
+            lane = self.channel.lane
+            if lane is not None:
+                lane.link.close()
 
     def _drop(self) -> None:
         gone = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -108,6 +109,11 @@ def resolve(worker: RemoteWorker | str) -> RemoteWorker:
     return _handles[worker]
 
 
+def handles() -> list[RemoteWorker]:
+    """Return the handles of all workers that are connected."""
+    return list(_handles.values())
+
+
 def handle_of(name: str) -> RemoteWorker:
     """Return the handle of a worker by name."""
     return resolve(name)
@@ -151,6 +157,12 @@ class RemoteWorker:
         self.peer: Peer = me().peer(name, url, serializers)
         _handles[name] = self
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id!r} at {self.url}>"
 
@@ -189,6 +201,16 @@ class RemoteWorker:
             if not looked_at and error.origin == self.id:
                 me().failures[uid] = (error, True)
                 raise copy.copy(error)
+
+    def ping(self) -> float:
+        """Return the seconds that a question takes to the worker and back.
+
+        Raises:
+            WorkerLostError: The session is over.
+        """
+        began = time.perf_counter()
+        self.peer.request([int(Kind.DESCRIBE), []])
+        return time.perf_counter() - began
 
     def search(self, *query: str) -> list[PointerTensor]:
         """Return pointers to the objects that carry all of these tags, and all of these words in their description.

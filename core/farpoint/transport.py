@@ -43,10 +43,17 @@ class Link(ABC):
     Attributes:
         address: Where the peer is, for logs and errors.
         identity: The name in the certificate that the peer has shown, empty if it has shown none.
+        token: What the peer has shown to be let in, at the end of the listener. Never to be logged.
     """
 
     address: str = ""
     identity: str = ""
+    token: str = ""
+
+    @property
+    def heard(self) -> float:
+        """When something last came from the peer, also an answer to a ping, as `time.monotonic` tells it; 0 if that is not known."""
+        return 0.0
 
     @abstractmethod
     def write(self, frames: Sequence[Frame]) -> None:
@@ -81,9 +88,12 @@ class Transport(ABC):
 
     Attributes:
         schemes: The URL schemes that it serves, like `("virtual",)`.
+        inline: Whether `write` itself calls the receiver, on the same thread. Then no call waits for anybody, and a link is
+            lost only when one side closes it. Elsewhere a session survives its link.
     """
 
     schemes: ClassVar[tuple[str, ...]]
+    inline: ClassVar[bool] = False
 
     @abstractmethod
     def local_url(self, name: str) -> str:
@@ -100,7 +110,8 @@ class Transport(ABC):
         """Return this end of a new link to whoever listens at `url`.
 
         Raises:
-            TransportError: Nobody listens there, it cannot be reached, or it does not let us in.
+            NobodyListensError: Nobody listens there.
+            TransportError: It cannot be reached, or it does not let us in.
         """
 
     @abstractmethod

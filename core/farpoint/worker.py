@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from typing import Any
 
+from farpoint.access import EVERYBODY, Admission, Credentials
 from farpoint.commands import Commands
 from farpoint.errors import (
     FarpointError,
@@ -18,7 +20,7 @@ from farpoint.errors import (
     WorkerNotFoundError,
 )
 from farpoint.failures import describe_failure
-from farpoint.guest import Guest
+from farpoint.guest import Doorstep, Guest
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.movers import Movers
 from farpoint.peer import Peer
@@ -41,19 +43,33 @@ class Worker:
         serializers: Names of serializers that it offers when it dials, best first.
         store: Name of the kind of its object store.
         limits: What it puts up with.
+        admission: Whom it lets in.
+        credentials: What it shows where it dials itself.
+        advertise: Where others shall dial, if that is not where it listens.
 
     Raises:
         ValueError: The name is none that travels.
     """
 
     def __init__(
-        self, name: str, url: str, serializers: list[str], store: str = "memory", limits: Limits = DEFAULT_LIMITS
+        self,
+        name: str,
+        url: str,
+        serializers: list[str],
+        store: str = "memory",
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        admission: Admission = EVERYBODY,
+        credentials: Credentials | None = None,
+        advertise: str = "",
     ) -> None:
         if not NAME.holds(name) or len(name) > limits.name_chars:
             raise ValueError(f"{name!r} cannot be a worker's name: that is {NAME.wants}, at most {limits.name_chars}")
         self.id = name
         self.limits = limits
         self.serializers = serializers
+        self.credentials = credentials or Credentials(limits=limits)
+        self.logger = logging.getLogger("farpoint.worker")
         self.incarnation = secrets.token_bytes(16)
         self.store = plugins.store(store, name)
         self.holders = Holders()
@@ -66,37 +82,46 @@ class Worker:
         self.lock = threading.RLock()
         self.expose_tracebacks = True
         self.movers = Movers(self)
-        self._listener = plugins.transport(url).listen(url, self._accept) if url else None
-        self.url = self._listener.url if self._listener is not None else ""
         self._commands = Commands(self).table()
+        self._inline = bool(url) and plugins.transport(url).inline
+        self.url = advertise
+        self._listener = plugins.transport(url).listen(url, self._accept, admission) if url else None
+        self.listens = self._listener.url if self._listener is not None else ""
+        self.url = advertise or self.listens
 
-    def peer(self, name: str, url: str = "", serializers: list[str] | None = None) -> Peer:
+    def peer(
+        self, name: str, url: str = "", serializers: list[str] | None = None, credentials: Credentials | None = None
+    ) -> Peer:
         """Return the session with another worker, made when it is first needed.
 
         Args:
             name: The other worker.
             url: Where it listens, if that is not known yet.
             serializers: What a new session offers, best first; what this worker was made with, if not given.
+            credentials: What a new session shows; what this worker was made with, if not given.
 
         Raises:
             WorkerNotFoundError: Nobody said where it listens.
         """
-        known = self.peers.get(name)
-        if known is not None and known.channel.lost is None:
-            return known
-        url = url or self.urls.get(name, "")
-        if not url:
-            raise WorkerNotFoundError(name, self.urls)
-        made = Peer(self, name, url, serializers or self.serializers)
-        if name:
-            self.peers[name] = made
+        with self.lock:
+            known = self.peers.get(name)
+            if known is not None and known.channel.lost is None:
+                return known
+            url = url or self.urls.get(name, "")
+            if not url:
+                raise WorkerNotFoundError(name, self.urls)
+            made = Peer(self, name, url, serializers or self.serializers, credentials or self.credentials)
+            if name:
+                self.peers[name] = made
         made.dial()
         return made
 
     def peer_back(self, peer: Peer) -> None:
         """Learn who is at the other end of a new session with a peer. Called with the lock held."""
         self.urls[peer.name] = peer.url
-        self.peers[peer.name] = peer
+        known = self.peers.get(peer.name)
+        if known is None or known.channel.lost is not None:
+            self.peers[peer.name] = peer
         self.movers.peer_back(peer)
 
     def peer_lost(self, peer: Peer) -> None:
@@ -108,9 +133,10 @@ class Worker:
         """Give up what a client held."""
         with self.lock:
             if not guest.left:
-                guest.left = True
+                guest.leave()
                 del self.guests[guest.holder]
                 self.free(self.holders.leave(guest.holder))
+                self.logger.info("%s: the session with %s is over", self.id, guest.name)
         self.settle()
 
     def execute(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -235,7 +261,7 @@ class Worker:
             raise kind(self.id, action, refusal)
 
     def _accept(self, link: Link) -> Receiver:
-        return Guest(self, link)
+        return Doorstep(self, link, inline=self._inline)
 
     def _describe_error(self, error: Exception, message: Any, guest: Guest) -> dict[str, Any]:
         if isinstance(error, Poisoned):

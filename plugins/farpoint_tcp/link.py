@@ -83,6 +83,10 @@ class StreamLink(Link):
         self._heard = self._moved = time.monotonic()
         self._asked = self._excused = 0.0
 
+    @property
+    def heard(self) -> float:
+        return self._heard
+
     def write(self, frames: Sequence[Frame]) -> None:
         buffers = encode(frames)
         with self._writing:

@@ -95,7 +95,7 @@ class StreamListener(Listener):
     def _serve(self, sock: socket.socket, address: str, party: str) -> None:
         """Greet a connection, and be the reader of its link until that ends."""
         try:
-            stream, identity = self._greet(sock, party)
+            stream, identity, token = self._greet(sock, party)
         except (OSError, DecodeError) as error:
             _log.info("%s: %s is not let in: %s", self.url, address, error)
             self._door.leave(party)
@@ -104,6 +104,7 @@ class StreamListener(Listener):
             link = StreamLink(
                 stream, f"{self._place.scheme}://{address}", address, identity, self._admission.limits, watch
             )
+            link.token = token
             link.say_first(answer(Answer.WELCOME))
             try:
                 receiver = self._accept(link)
@@ -115,8 +116,8 @@ class StreamListener(Listener):
         finally:
             self._door.leave(party)
 
-    def _greet(self, sock: socket.socket, party: str) -> tuple[Stream, str]:
-        """Return what a connection has become, and the name in its certificate.
+    def _greet(self, sock: socket.socket, party: str) -> tuple[Stream, str, str]:
+        """Return what a connection has become, the name in its certificate, and the token that it has shown.
 
         Raises:
             DecodeError: It is not let in.
@@ -133,7 +134,7 @@ class StreamListener(Listener):
                 raise Refusal(Answer.NOT_LET_IN, "it shows no token that opens the door, or has to wait")
             if self._closed.is_set():
                 raise ConnectionAbortedError("the listener was closed meanwhile")
-            return TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else Stream(sock), remote_name(sock)
+            return TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else Stream(sock), remote_name(sock), token
         except Refusal as refusal:
             hang_up(sock, self._admission.limits.close_seconds, answer(refusal.answer))
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from farpoint.errors import TransportError
+from farpoint.errors import NobodyListensError, TransportError
 from farpoint_tcp.door import party
 from farpoint_tcp.greeting import Deadline
 
@@ -84,6 +84,7 @@ class HostPlace(Place):
     def dial(self, deadline: Deadline) -> socket.socket:
         found = self._resolve()
         tried: list[str] = []
+        refused = 0
         for number, (family, address) in enumerate(found):
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
@@ -95,8 +96,10 @@ class HostPlace(Place):
                 return sock
             except OSError as error:
                 sock.close()
+                refused += isinstance(error, ConnectionRefusedError)
                 tried.append(f"{_spell(address)}: {_reason(error)}")
-        raise TransportError(
+        kind = NobodyListensError if refused == len(found) else TransportError
+        raise kind(
             self.url, f"cannot be reached ({'; '.join(tried)}); check host and port, and that a worker listens there"
         )
 
@@ -163,7 +166,8 @@ class PathPlace(Place):
         except OSError as error:
             sock.close()
             advice = "check the path, and that a worker listens there"
-            raise TransportError(self.url, f"cannot be reached ({_reason(error)}); {advice}") from error
+            kind = NobodyListensError if isinstance(error, ConnectionRefusedError | FileNotFoundError) else TransportError
+            raise kind(self.url, f"cannot be reached ({_reason(error)}); {advice}") from error
 
     def bind(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import attrs
 
 from farpoint.access import EVERYBODY, NO_CREDENTIALS, Admission, Credentials
-from farpoint.errors import TransportError
+from farpoint.errors import NobodyListensError, TransportError
 from farpoint.serializer import Frame
 from farpoint.transport import Accept, Link, Listener, Receiver, Transport
 
@@ -136,6 +136,8 @@ class VirtualTransport(Transport):
 
     schemes: ClassVar[tuple[str, ...]] = ("virtual",)
 
+    inline: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._listeners: dict[str, VirtualListener] = {}
         self._lock = threading.Lock()
@@ -154,7 +156,7 @@ class VirtualTransport(Transport):
             raise TransportError(url, "the token is not accepted there")
         if listener is None:
             listed = ", ".join(PREFIX + known for known in names) or "nobody"
-            raise TransportError(url, f"nobody listens there (in this process listen: {listed})")
+            raise NobodyListensError(url, f"nobody listens there (in this process listen: {listed})")
         near, far = VirtualLink(url), VirtualLink(url)
         near._peer, far._peer = far, near
         far._receiver = receiver

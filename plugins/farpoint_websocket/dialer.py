@@ -19,7 +19,7 @@ from websockets.exceptions import (
 from websockets.typing import Subprotocol
 
 from farpoint.access import Credentials
-from farpoint.errors import TransportError
+from farpoint.errors import NobodyListensError, TransportError
 from farpoint_websocket.connection import WRITE_LIMIT, ClientEnd, Dial, logger
 from farpoint_websocket.exchange import describe
 from farpoint_websocket.link import WebsocketLink
@@ -52,7 +52,8 @@ def dial(runner: Runner, place: Place, credentials: Credentials) -> WebsocketLin
     except TransportError:
         raise
     except Exception as error:
-        raise TransportError(place.url, explain(error, place, credentials)) from error
+        kind = NobodyListensError if _refused(error) else TransportError
+        raise kind(place.url, explain(error, place, credentials)) from error
 
 
 async def _dial(
@@ -128,12 +129,16 @@ def explain(error: Exception, place: Place, credentials: Credentials) -> str:
         )
     if isinstance(error, socket.gaierror):
         return f"no machine is known by the name {place.host}: {error.strerror}; check the name"
-    # asyncio reports several addresses that refuse as one OSError without a number.
-    if isinstance(error, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error):
+    if _refused(error):
         return "nobody listens there; start the worker first, and dial the url of its listener"
     if isinstance(error, ConnectionClosed):
         return describe(error)
     return f"it cannot be reached: {error}; check host and port"
+
+
+def _refused(error: Exception) -> bool:
+    # asyncio reports several addresses that refuse as one OSError without a number.
+    return isinstance(error, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error)
 
 
 def _explain_status(error: InvalidStatus, credentials: Credentials) -> str:

@@ -70,7 +70,7 @@ class Door:
         address = network(host)
         if self._locked(address):
             return HTTPStatus.TOO_MANY_REQUESTS, "Too many wrong tokens from your address. Wait a minute.\n"
-        if not self._admission.admits(_token(headers)):
+        if not self._admission.admits(token_in(headers)):
             self._fail(address)
             return HTTPStatus.UNAUTHORIZED, "The token is missing or not accepted here.\n"
         limits = self._admission.limits
@@ -155,7 +155,8 @@ def network(host: str) -> Hashable:
     return address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False)
 
 
-def _token(headers: Headers) -> str:
+def token_in(headers: Headers) -> str:
+    """Return the token that a request shows, empty if it shows none."""
     try:
         scheme, _, token = headers.get("Authorization", "").partition(" ")
     except MultipleValuesError:

@@ -37,6 +37,7 @@ class WebsocketLink(Link):
         self.identity = name_in(connection.transport.get_extra_info("peercert"))
         self.limits = limits
         self._runner = runner
+        self._connection = connection
         self._url = url
         self._socket = connection.transport.get_extra_info("socket")
         self._inbox = Inbox(f"farpoint-websocket {self.address}", self._received, self._broken)
@@ -45,6 +46,10 @@ class WebsocketLink(Link):
 
     def __repr__(self) -> str:
         return f"<WebsocketLink {self._url} {self.address}>"
+
+    @property
+    def heard(self) -> float:
+        return self._connection.heard
 
     def write(self, frames: Sequence[Frame]) -> None:
         self._runner.check(self._url)

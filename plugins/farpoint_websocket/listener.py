@@ -15,7 +15,7 @@ from farpoint.access import Admission
 from farpoint.errors import TransportError
 from farpoint.transport import Accept, Listener
 from farpoint_websocket.connection import WRITE_LIMIT, ServerEnd, logger
-from farpoint_websocket.door import Door, Doorstep
+from farpoint_websocket.door import Door, Doorstep, token_in
 from farpoint_websocket.link import WebsocketLink, spell
 from farpoint_websocket.place import Place
 from farpoint_websocket.runner import Runner
@@ -90,6 +90,8 @@ class WebsocketListener(Listener):
         assert isinstance(connection, ServerEnd)
         url = f"{self.url} from {spell(connection.remote_address)}"
         link = WebsocketLink(self._runner, url, connection, self.limits)
+        assert connection.request is not None  # it was let in
+        link.token = token_in(connection.request.headers)
         link.start(lambda: self._accept(link))
         await link.live()
 
