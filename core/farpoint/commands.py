@@ -292,6 +292,10 @@ class Commands:
         guest.answer(number, list_store(self._worker.store, message[1]))
 
     def _locate(self, guest: Guest, number: int, message: list[Any]) -> None:
+        if message[1] not in self._worker.store and self._worker.movers.on_the_way(
+            message[1], guest.holder, lambda: self._worker.execute(guest, number, message)
+        ):
+            return
         self._hold(guest, message[1])
         value = self._worker.find(guest, message[1])
         note = self._worker.store.annotation(message[1])

@@ -195,6 +195,7 @@ class Guest:
         self.left = True
         self._end_lease()
         self.channel.fail(WorkerLostError(self.name, "its session is over"))
+        self.channel.end()
 
     def _end_lease(self) -> None:
         if self._lease is not None:

@@ -9,7 +9,7 @@ import torch
 from farpoint import gate
 from farpoint.catalogue import note_of, write_note
 from farpoint.channel import BATCH, LARGE
-from farpoint.errors import MalformedMessageError
+from farpoint.errors import FarpointError, MalformedMessageError, WorkerLostError
 from farpoint.names import check_note
 from farpoint.pointer import PointerTensor, spend
 from farpoint.protocol.messages import Kind
@@ -184,7 +184,12 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
     arrived = target.peer.refer(new_id)
     request = [int(Kind.MOVE), reference.id, 0, target.id, target.url, new_id, target.peer.session_id, False]
     target.peer.flush()
-    reference.peer.request(request)
+    try:
+        reference.peer.request(request)
+    except WorkerLostError:
+        # Whether it had left before its worker died, only the destination knows.
+        if not _arrived(arrived):
+            raise
     moved = PointerTensor.wrap(route_of(target.peer), arrived, pointer._spec, pointer.requires_grad and pointer.is_leaf)
     write_note(moved, note_of(pointer))
     grad = _grad_of(pointer)
@@ -193,6 +198,14 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
     del reference
     spend(pointer, "move")
     return moved
+
+
+def _arrived(arrived: Reference) -> bool:
+    try:
+        arrived.peer.request([int(Kind.LOCATE), arrived.id])
+    except FarpointError:
+        return False
+    return True
 
 
 def remote_get(pointer: PointerTensor) -> torch.Tensor:

@@ -14,9 +14,11 @@ from farpoint.errors import (
     FarpointError,
     LimitError,
     MalformedMessageError,
+    NobodyListensError,
     ProtocolError,
     QuotaError,
     TransportError,
+    WorkerRestartedError,
 )
 from farpoint.failures import describe_failure
 from farpoint.limits import DEFAULT_LIMITS
@@ -62,6 +64,7 @@ class Movers:
         self._leaving: dict[int, tuple[torch.Tensor, Annotation]] = {}
         self._staged: dict[int, tuple[states.Stage, list[Any]]] = {}
         self._expected: dict[int, Guest] = {}
+        self._awaiting: dict[int, list[Callable[[], None]]] = {}
         self._ends: dict[int, tuple[Callable[[], None], Callable[[str], None]]] = {}
 
     def move(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -197,9 +200,23 @@ class Movers:
         self._carry_out(self._states.peer_back(peer.name, int.from_bytes(peer.incarnation, "big")))
 
     def peer_lost(self, peer: Peer) -> None:
-        """Learn that one is over."""
+        """Learn that one is over, and whether the worker has died with it, or may still be there."""
+        dead = isinstance(peer.channel.lost, NobodyListensError | WorkerRestartedError)
         with self._worker.lock:
-            self._carry_out(self._states.peer_lost(peer.name))
+            self._carry_out(self._states.peer_dead(peer.name) if dead else self._states.peer_lost(peer.name))
+            if not dead and peer.name in self._states.open_peers():
+                self._worker.look_after(peer.name)
+
+    def on_the_way(self, new_id: int, holder: int, then: Callable[[], None]) -> bool:
+        """Call something when it is decided whether an object arrives that is on its way to a holder here.
+
+        Return False, and do not, if none of that id is.
+        """
+        for stage, _ in self._staged.values():
+            if (stage.new_id, stage.holder) == (new_id, holder):
+                self._awaiting.setdefault(stage.transfer, []).append(then)
+                return True
+        return False
 
     def _carry_out(self, effects: list[states.Effect], source: Guest | None = None) -> None:
         worker = self._worker
@@ -222,8 +239,10 @@ class Movers:
                     if staged is not None and self._awaited(holder, new_id):
                         worker.add(holder, new_id, staged[0])
                         worker.store.annotate(new_id, Annotation(frozenset(staged[2]), staged[3], staged[1]))
+                    self._decided(transfer)
                 case states.Discard(transfer=transfer):
                     self._staged.pop(transfer, None)
+                    self._decided(transfer)
                 case states.Drop(object_id=object_id):
                     self._leaving.pop(object_id, None)
                 case states.Done(transfer=transfer):
@@ -231,6 +250,10 @@ class Movers:
                 case states.Failed(transfer=transfer, reason=reason):
                     self._leaving.pop(transfer, None)
                     self._ends.pop(transfer)[1](reason)
+
+    def _decided(self, transfer: int) -> None:
+        for then in self._awaiting.pop(transfer, ()):
+            then()
 
     def _send(self, peer: Peer, message: states.TransferMessage, object_id: int | None) -> None:
         payload = None

@@ -122,6 +122,11 @@ class Peer:
         self.channel.session = Session(owner.incarnation, self.incarnation, self.limits)
 
     @property
+    def established(self) -> bool:
+        """Whether the worker has greeted us."""
+        return self._welcomed
+
+    @property
     def over(self) -> bool:
         """Whether the session is over, or about to be."""
         return self.closing.is_set()
@@ -214,6 +219,7 @@ class Peer:
             self.channel.lost = self.channel.lost or bare(cause) or ConnectionError("the worker was closed")
             waiting = list(self.pending.values())
             self.pending.clear()
+        self.channel.end()
         self.owner.peer_lost(self)
         for reply in waiting:
             reply.error = {"lost": True}

@@ -244,13 +244,15 @@ class RemoteWorker:
         if channel.inherited:
             return  # it is the parent's
         if channel.lost is None:
-            try:
-                for handle in list(_handles.values()):
-                    handle.flush()  # who was given a pointer to this worker must hear of it first
-                # What was issued takes effect, and what went wrong is heard of, but nobody waits for long.
-                self.peer.wait(self.peer.ask([int(Kind.SYNC), []]), _PATIENCE)
-            except FarpointError:
-                pass  # the end is what was asked for
+            # What was issued takes effect, and what went wrong is heard of; who was given a pointer to this worker reaches it
+            # first. But nobody waits for long, nor for a worker that is away.
+            deadline = time.monotonic() + _PATIENCE
+            peers = [handle.peer for handle in list(_handles.values()) if handle.peer.channel.lane is not None]
+            for peer in peers if self.peer in peers else [self.peer]:
+                try:
+                    peer.wait(peer.ask([int(Kind.SYNC), []]), max(0.0, deadline - time.monotonic()))
+                except FarpointError:
+                    pass  # the end is what was asked for
             where = spell(caller()) or "an unknown place"
             channel.lost = channel.lost or ConnectionError(f"it was {how} at {where}")
         if _handles.get(self.id) is self:

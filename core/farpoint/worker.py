@@ -32,6 +32,7 @@ from farpoint.stored import Poisoned, StoredPointer
 from farpoint.transport import Link, Receiver
 
 _RUN = int(Kind.RUN)
+_SEEK_SECONDS = 2.0
 
 
 class Worker:
@@ -82,6 +83,8 @@ class Worker:
         self.lock = threading.RLock()
         self.expose_tracebacks = True
         self.movers = Movers(self)
+        self._sought: set[str] = set()
+        self._closed = threading.Event()
         self._commands = Commands(self).table()
         self._inline = bool(url) and plugins.transport(url).inline
         self.url = advertise
@@ -128,6 +131,23 @@ class Worker:
         """Learn that a session with a peer is over."""
         if self.peers.get(peer.name) is peer:
             self.movers.peer_lost(peer)
+
+    def look_after(self, name: str) -> None:
+        """Keep trying to reach a worker with whom something is not decided, until it answers or is known to be dead."""
+        if self._inline or name in self._sought or self._closed.is_set():
+            return
+        self._sought.add(name)
+        threading.Thread(target=self._seek, args=(name,), name=f"farpoint seeks {name}", daemon=True).start()
+
+    def _seek(self, name: str) -> None:
+        while not self._closed.wait(_SEEK_SECONDS):
+            try:
+                peer = self.peer(name)
+            except FarpointError:
+                continue
+            if peer.established:
+                break
+        self._sought.discard(name)
 
     def guest_lost(self, guest: Guest) -> None:
         """Give up what a client held."""
@@ -176,6 +196,7 @@ class Worker:
 
     def close(self) -> None:
         """Stop: no client is served any more."""
+        self._closed.set()
         if self._listener is not None:
             self._listener.close()
         for guest in list(self.guests.values()):

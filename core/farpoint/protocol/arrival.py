@@ -127,6 +127,17 @@ class Arrivals:
         # The source's copy died with it, and nobody else has one: an abort would have had to be acknowledged.
         return self.activate(known)
 
+    def orphaned(self, known: Arrival) -> list[Effect]:
+        """Take over what a worker that is dead has left: unless it is durable, and may come back with its copy."""
+        if known.state is Arriving.STAGED and not known.durable:
+            effects = self.activate(known)
+        elif known.state is not Arriving.LIVE:
+            return []
+        else:
+            effects = []
+        del self.entries[known.transfer]
+        return [*effects, *self.ground.record(known.transfer, None), *self.free(known.new_id)]
+
     def stage(self, known: Arrival, message: Push) -> list[Effect]:
         """Take a copy that nobody sees yet."""
         peer, transfer, link = known.source, known.transfer, self.ground.peers[known.source]

@@ -298,10 +298,19 @@ class Departures:
 
     def refused(self, known: Departure, message: Refused) -> list[Effect]:
         """Serve the object as before, also after a commit: who refuses has no copy."""
-        recorded = self.ground.record(known.transfer, None) if known.state is Leaving.COMMITTED else []
-        known = attrs.evolve(known, reason=message.reason)
-        told: list[Effect] = [Thaw(known.object_id), Failed(known.transfer, message.reason)]
-        return recorded + told + self._close(known)
+        return self._serve(known, message.reason)
+
+    def orphaned(self, peer: str) -> list[Effect]:
+        """Serve what was leaving for a worker that is dead: its copy has died with it."""
+        effects: list[Effect] = []
+        for known in [d for d in self.entries.values() if d.destination == peer]:
+            if known.state in (Leaving.OUT, Leaving.COMMITTED):
+                effects += self._serve(known, f"{peer} has died")
+            elif known.state is Leaving.ABORTING:
+                effects += self._close(known)
+            elif known.state is Leaving.WAITING:
+                effects += self.abort(known, f"{peer} has died")
+        return effects
 
     def aborted(self, known: Departure, message: Aborted | Refused) -> list[Effect]:
         """Let the object go elsewhere, now that this destination will not have it."""
@@ -341,6 +350,12 @@ class Departures:
         self._put(departure)
         self.ground.held[departure.object_id] = departure.transfer
         return [Freeze(departure.object_id), *self.push(departure)]
+
+    def _serve(self, known: Departure, reason: str) -> list[Effect]:
+        recorded = self.ground.record(known.transfer, None) if known.state is Leaving.COMMITTED else []
+        known = attrs.evolve(known, reason=reason)
+        told: list[Effect] = [Thaw(known.object_id), Failed(known.transfer, reason)]
+        return recorded + told + self._close(known)
 
     def _close(self, known: Departure) -> list[Effect]:
         self._end(known, Leaving.ABORTED)

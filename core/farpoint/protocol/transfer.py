@@ -165,6 +165,8 @@ DEPARTURES: Mapping[tuple[Leaving, type[TransferMessage]], Step] = {
     (Leaving.ABORTED, Aborted): Departures.ignore,
 }
 
+UNDECIDED = (Leaving.WAITING, Leaving.OUT, Leaving.COMMITTED, Leaving.ABORTING)
+
 # The destination. Every message is possible in every state: all of them may be late.
 #
 # (1) A Push is staged once; one of a later life of the source replaces what an earlier life pushed, which can
@@ -284,6 +286,20 @@ class Transfers:
             self._ground.peers[peer].linked = False
         return []
 
+    def peer_dead(self, peer: str) -> list[Effect]:
+        """Note that the last known life of a peer is over for certain, with all that it kept in memory.
+
+        What leaves for it stays here, also after a commit: by *Released* no copy of it has gone further. What it
+        has pushed, and not taken back, is the last copy, and becomes live.
+        """
+        if peer not in self._ground.peers:
+            return self._departures.orphaned(peer)
+        self._ground.peers[peer].linked = False
+        effects = self._departures.orphaned(peer)
+        for arrival in [a for a in self._arrivals.entries.values() if a.source == peer]:
+            effects += self._arrivals.orphaned(arrival)
+        return effects
+
     def peer_back(self, peer: str, incarnation: int) -> list[Effect]:
         """Note a new link, the first one too, to that life of a peer, and ask again about what is open.
 
@@ -340,6 +356,11 @@ class Transfers:
         if step is None:
             raise ProtocolError(f"{kind.__name__} of transfer {transfer}: it is {arrival.state.value} here")
         return step(self._arrivals, arrival, message)
+
+    def open_peers(self) -> set[str]:
+        """Return the peers with whom something is not decided yet."""
+        leaving = {d.destination for d in self._departures.entries.values() if d.state in UNDECIDED}
+        return leaving | {a.source for a in self._arrivals.entries.values() if a.state is Arriving.STAGED}
 
     def snapshot(self) -> tuple[Entry, ...]:
         """Return the entries that must survive: what all `Record` effects so far amount to."""
