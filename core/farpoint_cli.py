@@ -14,7 +14,7 @@ from typing import Annotated, Final
 
 import typer
 
-DEPENDENCIES: Final = ("attrs", "msgpack", "pluggy", "rich", "typer", "websockets")
+DEPENDENCIES: Final = ("attrs", "msgpack", "pluggy", "rich", "tqdm", "typer", "websockets")
 
 app = typer.Typer(
     name="farpoint",

@@ -75,7 +75,7 @@ def home(tensor: Any) -> torch.Tensor:
 def refused_there(worker: VirtualWorker, message: list[Any]) -> Any:
     """Issue a command past all checks of the client, and return the error of the worker, None if it took the command."""
     reply = worker.peer.ask(message)
-    worker.peer.request([int(Kind.SYNC), []])
+    worker.peer.request([int(Kind.SYNC), [], []])
     return None if reply.error is None else worker.peer.error(reply.error)
 
 

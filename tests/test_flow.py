@@ -197,7 +197,7 @@ class TestMiddle:
         mallory = RawClient(alice.url)
         mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], ""])
         (peer,) = alice.worker.peers.values()
-        peer.wait(peer.ask([int(Kind.SYNC), []]))
+        peer.wait(peer.ask([int(Kind.SYNC), [], []]))
         late.held_back = lambda url: url == bob.url
         mallory.say([int(Kind.DEFINE), 0, "aten::add_.Tensor", [["t"], ["s"]], {}])
         refused = 0
@@ -219,7 +219,7 @@ class TestMiddle:
         late.held_back = lambda _: False
         late.wake()
         (peer_session,) = [guest.channel.session for guest in bob.worker.guests.values() if guest.name == alice.id]
-        peer.wait(peer.ask([int(Kind.SYNC), []]))
+        peer.wait(peer.ask([int(Kind.SYNC), [], []]))
         assert p.get().tolist() == [taken] * 2
         assert not peer_session.owed
         for place in (alice, bob):
@@ -233,7 +233,7 @@ class TestMiddle:
         late.held_back = lambda url: url == bob.url
         waiting = [
             alice.peer.ask([int(Kind.FETCH), p._reference.id]),
-            alice.peer.ask([int(Kind.SYNC), []]),
+            alice.peer.ask([int(Kind.SYNC), [], []]),
             alice.peer.ask([int(Kind.DESCRIBE), [p._reference.id]]),
             alice.peer.ask([int(Kind.MOVE), p._reference.id, 1, alice.id, alice.url, 0, 0, False]),
         ]
@@ -264,13 +264,13 @@ def test_a_worker_that_never_greets_stops_nobody_else() -> None:
         mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], ""])
         honest = at(torch.ones(2), alice)
         assert (honest + honest).get().tolist() == [2, 2]
-        synchronized = alice.peer.ask([int(Kind.SYNC), []])
+        synchronized = alice.peer.ask([int(Kind.SYNC), [], []])
         alice.flush()
         assert synchronized.done.is_set(), "this client has nothing to do with that worker"
         late.held_back = lambda _: False
         late.wake()
         (peer,) = alice.worker.peers.values()
-        peer.wait(peer.ask([int(Kind.SYNC), []]))
+        peer.wait(peer.ask([int(Kind.SYNC), [], []]))
         assert mallory.answers[1] == [Kind.ANSWER, True]
         mallory.close()
         alice.close()

@@ -171,7 +171,7 @@ class TestLinks:
         mallory.acknowledges = False
         (guest,) = bob.guests.values()
         for _ in range(100):
-            mallory.say([int(Kind.SYNC), []])
+            mallory.say([int(Kind.SYNC), [], []])
             assert sum(len(packet[3]) for packet in guest.channel.session._packed) <= 41
         assert mallory.over and "not acknowledged" in mallory.answers[0][1]["text"]
         assert not bob.store

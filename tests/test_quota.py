@@ -113,7 +113,7 @@ class TestQuotas:
         assert kinds == [Kind.ANSWER] * 3 + [Kind.FAILURE] * 2
         assert "wait for an acknowledgement" in mallory.answers[sent[-1]][1]["text"]
         mallory.acknowledges = True
-        mallory.say([int(Kind.SYNC), []])
+        mallory.say([int(Kind.SYNC), [], []])
         assert mallory.ask([int(Kind.FETCH), 1])[0] == "tensor"
 
     def test_templates(self, small: Worker) -> None:

@@ -13,7 +13,7 @@ import torch
 from farpoint.errors import FarpointError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.protocol.messages import Kind
-from farpoint.protocol.shapes import ANSWERS, COMMANDS, FAILURE, brief, check_run
+from farpoint.protocol.shapes import ANSWERS, CHUNK, COMMANDS, FAILURE, WHOLE, brief, check_run
 from farpoint.worker import Worker
 from wire import (
     SPEC,
@@ -41,7 +41,7 @@ def samples() -> dict[int, list[Any]]:
         Kind.SEARCH: [Kind.SEARCH, ["#nothing"]],
         Kind.TAG: [Kind.TAG, 1, ["#a"], "b"],
         Kind.CLEAR: [Kind.CLEAR],
-        Kind.SYNC: [Kind.SYNC, []],
+        Kind.SYNC: [Kind.SYNC, [], []],
         Kind.DESCRIBE: [Kind.DESCRIBE, [1]],
         Kind.TRANSFER: [Kind.TRANSFER, "Commit", [7], None],
         Kind.LIST: [Kind.LIST, 0],
@@ -69,13 +69,14 @@ def mallory(request: pytest.FixtureRequest, bob: Worker) -> RawClient:
 
 class TestShapes:
     def test_every_command_has_one(self, bob: Worker) -> None:
-        assert set(COMMANDS) == set(bob._commands) == {kind for kind in Kind if kind < Kind.ANSWER}
+        in_either_direction = {Kind.CHUNK, Kind.WHOLE}
+        assert set(COMMANDS) == set(bob._commands) == {kind for kind in Kind if kind < Kind.ANSWER} - in_either_direction
         unanswered = {Kind.DEFINE, Kind.RUN, Kind.PUT, Kind.RELEASE, Kind.TAG, Kind.TRANSFER}
         assert set(ANSWERS) | {Kind.FETCH} == set(COMMANDS) - unanswered
 
     def test_every_field_is_documented(self) -> None:
         text = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text(encoding="utf-8")
-        for shape in [*COMMANDS.values(), FAILURE]:
+        for shape in [*COMMANDS.values(), CHUNK, WHOLE, FAILURE]:
             (row,) = (line for line in text.splitlines() if line.startswith(f"| {shape.name} |"))
             for field in shape.fields:
                 assert f"`{field}`" in row, f"docs/protocol.md does not list the field {field} of {shape.name}"
@@ -133,7 +134,7 @@ class TestShapes:
             ([Kind.TAG, 1, [f"#{i}" for i in range(17)], ""], "tags"),
             ([Kind.LINK, 5, "x" * 65, "", 5, SPEC, [], ""], "name_chars"),
             ([Kind.LINK, 5, "x", "y" * 1025, 5, SPEC, [], ""], "url_chars"),
-            ([Kind.SYNC, ["a"] * 9], "hops"),
+            ([Kind.SYNC, ["a"] * 9, []], "hops"),
             ([Kind.MOVE, 1, 9, "x", "virtual://x", 5, 6, False], "hops"),
             ([Kind.DESCRIBE, [1] * 1025], "results"),
             ([Kind.RUN, 0, [1, 2], [0] * 1025], "results"),

@@ -34,6 +34,7 @@ from farpoint.errors import (
 from farpoint.handover import get, move, send
 from farpoint.hook import TorchHook
 from farpoint.pointer import PointerTensor
+from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, me
 
 __version__ = "0.1.0"
@@ -76,5 +77,6 @@ __all__ = [
     "get",
     "me",
     "move",
+    "progress",
     "send",
 ]

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
+from farpoint.bulk import Bulk, Stream
 from farpoint.errors import (
     DecodeError,
     FarpointError,
@@ -20,6 +23,8 @@ from farpoint.errors import (
     TransportError,
     WorkerLostError,
 )
+from farpoint.limits import Limits
+from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.serializer import Frame, Serializer
 from farpoint.transport import Link
@@ -29,6 +34,8 @@ BATCH = 128
 
 LARGE = 2**20
 """Bytes from which on a tensor is written at once, and not copied before."""
+
+_BULK = int(Kind.CHUNK) >> 1
 
 HEAVY = 64 * 1024
 """Bytes of a frame that is acknowledged at once: the peer keeps it until then."""
@@ -77,6 +84,8 @@ class Channel:
         after: Called when the messages of one packet have been delivered.
         complain: Called with the reason before a peer that breaks the protocol loses the link.
         patient: Whether the thread that carries out what this channel has brought may wait for the peer to take the answers.
+        admit: Called with the bytes of large tensors that are coming in; raises if there is no room for them.
+        refuse: Called with the number and content of a message whose large tensor was not taken, and with the reason.
     """
 
     def __init__(
@@ -87,6 +96,8 @@ class Channel:
         complain: Callable[[FarpointError], None] = lambda _: None,
         *,
         patient: bool = False,
+        admit: Callable[[int], None] = lambda _: None,
+        refuse: Callable[[int, list[Any], FarpointError], None] | None = None,
     ) -> None:
         self.name = name
         self.lock = threading.RLock()
@@ -99,11 +110,15 @@ class Channel:
         self._after = after
         self._complain = complain
         self._patient = patient
+        self._admit = admit
+        self._refuse = refuse
+        self.bulk: Bulk | None = None
         self._writer: SimpleQueue[Lane | None] | None = None
         _channels.add(self)
 
-    def open(self, lane: Lane, session: Session, serializer: Serializer, *, inline: bool) -> None:
+    def open(self, lane: Lane, session: Session, serializer: Serializer, limits: Limits, *, inline: bool) -> None:
         """Begin to speak."""
+        self.bulk = Bulk(limits, self._admit)
         self.session = session
         self.serializer = serializer
         self.inline = inline
@@ -149,6 +164,24 @@ class Channel:
             raise self.ended()
         return self.session.submit(message)
 
+    def stream(
+        self,
+        message: list[Any],
+        path: list[int],
+        tensor: torch.Tensor,
+        about: int = 0,
+        submitted: Callable[[int], None] | None = None,
+    ) -> Stream:
+        """Take a message with a large tensor, for `flush` to send in chunks. The arguments are those of `Stream`.
+
+        Raises:
+            FarpointError: As for `submit`.
+        """
+        with self.lock:
+            if self.lost is not None or self.bulk is None:
+                raise self.ended()
+            return self.bulk.add(message, path, tensor, about, submitted)
+
     @property
     def inherited(self) -> bool:
         """Whether the link belongs to the process that this one was forked from."""
@@ -171,14 +204,16 @@ class Channel:
             if self.lost is not None or lane is None:
                 return
             packet = self.session.pack()
-            if packet is None and not lane.out:
-                return
             direct = not lane.busy and self._may_write()
             if packet is not None:
                 frames = self.serializer.encode(packet)
                 # Frames alias tensors that may change as soon as this call returns; whoever writes will not be done by then.
                 lane.out.append(frames if direct else [bytes(frame) for frame in frames])
-            if lane.busy:
+            if self.bulk is not None and self.bulk.waiting:
+                # Each chunk in a packet of its own, so that others pass; nobody changes what they alias.
+                while self.bulk.load(self.session):
+                    lane.out.append(self.serializer.encode(self.session.pack()))
+            if lane.busy or not lane.out:
                 return
             lane.busy = True
         if direct:
@@ -238,8 +273,15 @@ class Channel:
                 packet = self.serializer.decode(frames)
                 with self.lock:
                     messages = self.session.receive(packet)
+                    more = self.bulk is not None and self.bulk.settle(self.session)
                 for number, message in messages:
-                    self._deliver(number, message)
+                    # CHUNK and WHOLE, without a look into what may be anything.
+                    if type(message) is list and message and type(message[0]) is int and message[0] >> 1 == _BULK:
+                        self._take_bulk(number, message)
+                    else:
+                        self._deliver(number, message)
+                if more and not self._patient:
+                    self.flush()
             except FarpointError as error:
                 self._complain(error)
                 self.fail(error)
@@ -249,6 +291,19 @@ class Channel:
             self._after()
         finally:
             _thread.delivering = before
+
+    def _take_bulk(self, number: int, message: list[Any]) -> None:
+        assert self.bulk is not None
+        if message[0] == Kind.CHUNK:
+            self.bulk.take_chunk(message)
+            return
+        inner, refusal = self.bulk.take_whole(message)
+        if refusal is None:
+            self._deliver(number, inner)
+        elif self._refuse is not None:
+            self._refuse(number, inner, refusal)
+        else:
+            raise refusal
 
     @contextmanager
     def delivering(self) -> Iterator[None]:
@@ -277,8 +332,10 @@ class Channel:
             lane.link.close()
 
     def end(self) -> None:
-        """Let the writing thread go, if there is one. Called when the session is over."""
+        """Let go of what is under way, and of the writing thread, if there is one. Called when the session is over."""
         with self.lock:
+            if self.bulk is not None:
+                self.bulk.end()
             if self._writer is not None:
                 self._writer.put(None)
 

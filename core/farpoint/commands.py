@@ -256,13 +256,18 @@ class Commands:
             answer = ["pointer", peer.name, peer.url, value.reference.id, *about]
             guest.pass_on(peer)
             # A pointer leaves only when its target is known to exist there.
-            peer.ask([int(Kind.SYNC), []], self._relay(guest, number, answer), keep=value)
+            peer.ask([int(Kind.SYNC), [], []], self._relay(guest, number, answer), keep=value)
             self._worker.dirty.add(peer)
         else:
             if value.nbytes > self._worker.limits.message_bytes:  # an expanded tensor may be far larger than its memory
                 raise LimitError("message_bytes", self._worker.limits.message_bytes, f"a tensor of {value.nbytes} bytes")
             guest.quota.check_answer(guest.channel.session, value.nbytes)
             plain = dense(value)
+            if value.nbytes >= LARGE and not guest.channel.inline:
+                # It leaves in chunks, and commands that follow, which may change it, do not wait for that.
+                plain = plain.clone() if plain.data_ptr() == value.data_ptr() else plain
+                guest.answer_in_chunks(number, ["tensor", None, *about], 1, plain)
+                return
             if plain.data_ptr() == value.data_ptr():
                 # What follows in this packet may change the tensor: copy it, or write the answer before going on.
                 guest.at_once = value.nbytes >= LARGE
@@ -324,9 +329,13 @@ class Commands:
         guest.answer(number, True)
 
     def _sync(self, guest: Guest, number: int, message: list[Any]) -> None:
-        visited = [*message[1], self._worker.id]
-        # Only where commands of this client went: another worker is not its business, and may be slow.
-        onward = [peer for peer in guest.reaches if peer.name not in visited and peer.channel.lost is None]
+        visited, further = [*message[1], self._worker.id], message[2]
+        # Only where commands of this client went: another worker is not its business, and may be slow. By one chain, or by
+        # all, which may lead to a worker twice: one that has sent a pointer to itself.
+        if further:
+            onward = [peer for peer in guest.reaches if peer.name == further[0] and peer.channel.lost is None]
+        else:
+            onward = [peer for peer in guest.reaches if visited.count(peer.name) < 2 and peer.channel.lost is None]
         left = len(onward)
         if not left or len(visited) >= self._worker.limits.hops:
             guest.answer(number, True)
@@ -341,7 +350,7 @@ class Commands:
                 guest.answer(number, True)
 
         for peer in onward:
-            peer.ask([int(Kind.SYNC), visited], arrived)
+            peer.ask([int(Kind.SYNC), visited, further[1:]], arrived)
             self._worker.dirty.add(peer)
 
     def _describe(self, guest: Guest, number: int, message: list[Any]) -> None:

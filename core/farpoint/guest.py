@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from farpoint.channel import Channel, Lane
 from farpoint.errors import FarpointError, LimitError, ProtocolError, TransportError, WorkerLostError
 from farpoint.failures import describe_failure
@@ -90,7 +92,7 @@ class Doorstep:
             return {"refused": "this session is in use"}
         serializer = plugins.serializer(shared[0], worker.limits)
         session = Session(worker.incarnation, guest.incarnation, worker.limits.answers())
-        guest.channel.open(self._lane, session, serializer, inline=self._inline)
+        guest.channel.open(self._lane, session, serializer, worker.limits, inline=self._inline)
         self._guest = guest
         worker.logger.info("%s: a session with %s at %s begins", worker.id, guest.name, self._link.address or "this process")
         return {
@@ -161,7 +163,15 @@ class Guest:
         self.at_once = False
         self._onward: dict[Peer, deque[int]] = {}
         self._lease: threading.Timer | None = None
-        self.channel = Channel(self.name, self._deliver, self._after, self._complain, patient=True)
+        self.channel = Channel(
+            self.name,
+            self._deliver,
+            self._after,
+            self._complain,
+            patient=True,
+            admit=lambda nbytes: self.quota.check(nbytes, 0),
+            refuse=self._refuse,
+        )
 
     def take_back(self, lane: Lane, taken: int) -> bool:
         """Go on over a new link. Return False if this session is over.
@@ -231,6 +241,13 @@ class Guest:
         """Answer a command."""
         self._say([int(Kind.ANSWER), number, value])
 
+    def answer_in_chunks(self, number: int, value: list[Any], position: int, tensor: torch.Tensor) -> None:
+        """Answer a command with a list that holds a large tensor, which nobody changes any more."""
+        with self.channel.lock:
+            if self.channel.lost is None and self.doomed is None:
+                self.channel.stream([int(Kind.ANSWER), number, value], [2, position], tensor, number)
+                self.worker.dirty.add(self)
+
     def fail(self, number: int, failure: dict[str, Any]) -> None:
         """Report that a command failed."""
         self._say([int(Kind.FAILURE), number, failure])
@@ -265,6 +282,9 @@ class Guest:
         self.worker.execute(self, number, message)
         if self.doomed is not None:
             raise self.doomed
+
+    def _refuse(self, number: int, message: list[Any], reason: FarpointError) -> None:
+        self.worker.refuse(self, number, message, reason)
 
     def _complain(self, error: FarpointError) -> None:
         """Tell the client why its link is about to be closed."""

@@ -64,9 +64,12 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         route.order()
         object_id = peer.new_id()
         nbytes = plain.numel() * plain.itemsize
-        peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller(), nbytes)
-        if nbytes >= LARGE:
-            peer.flush()
+        if nbytes >= LARGE and not peer.channel.inline:
+            peer.upload([int(Kind.PUT), object_id, None, bool(wants_grad), *about], 2, plain, caller())
+        else:
+            peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller(), nbytes)
+            if nbytes >= LARGE:
+                peer.flush()
     pointer = PointerTensor.wrap(route, peer.refer(object_id), spec, bool(wants_grad))
     write_note(pointer, note)
     grad = _grad_of(tensor)
@@ -100,7 +103,8 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     reference = gate.check_live(pointer)
     peer, workers = reference.peer, pointer._route.workers
     pointer._route.order()
-    answer = peer.request([int(Kind.FETCH), reference.id])
+    asked = [int(Kind.FETCH), reference.id]
+    answer = peer.request(asked) if peer.channel.inline else peer.download(asked, pointer.nbytes)
     peer.raise_orphan()
     wants_grad = bool(pointer.requires_grad and pointer.is_leaf)
     grad = _grad_of(pointer)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from farpoint.channel import LARGE
 from farpoint.errors import (
     FarpointError,
     LimitError,
@@ -79,14 +80,14 @@ class Movers:
             raise ProtocolError(f"object {object_id} is not {hops} hops from the data")
         if hops == 0:
             # A worker that is its own destination must have greeted itself, or nobody could hold what arrives.
-            waits = destination == worker.id and worker.introduce(guest, destination, url).defer(
-                lambda: worker.execute(guest, number, message)
-            )
-            if not waits:
+            if destination != worker.id or not self._greets(guest, number, message, destination, url):
                 self._depart(guest, number, object_id, value, (destination, url, new_id, holder), leave)
             return
         # The middle of a chain. The last pointer before the data is re-pointed, unless the data end only grows.
         peer = value.reference.peer
+        here = hops == 1 and not leave and destination != worker.id
+        if here and self._greets(guest, number, message, destination, url):
+            return  # what arrives there before this worker has a session there would have no holder
         guest.pass_on(peer)
         onward = [int(Kind.MOVE), value.reference.id, hops - 1, destination, url, new_id, holder, leave]
         done: Callable[[], None] = lambda: guest.answer(number, True)  # noqa: E731
@@ -131,6 +132,18 @@ class Movers:
 
         peer.ask(onward, then)
         worker.dirty.add(peer)
+
+    def _greets(self, guest: Guest, number: int, message: list[Any], name: str, url: str) -> bool:
+        """Return whether a session with a worker has yet to begin; then the message is carried out when it has."""
+        worker = self._worker
+
+        def go_on(error: FarpointError | None) -> None:
+            if error is None:
+                worker.execute(guest, number, message)
+            else:
+                guest.fail(number, describe_failure(error, worker.id, "MOVE", expose=False))
+
+        return worker.introduce(guest, name, url).defer(go_on)
 
     def _depart(
         self,
@@ -190,7 +203,9 @@ class Movers:
         if isinstance(parsed, states.Push):
             parsed = attrs.evolve(parsed, payload=payload)
         # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
-        if self._worker.peer(guest.name, guest.url).defer(lambda: self._worker.execute(guest, number, message)):
+        if self._worker.peer(guest.name, guest.url).defer(
+            lambda error: self._worker.execute(guest, number, message) if error is None else None
+        ):
             return
         here, there = self._states.incarnation, int.from_bytes(guest.incarnation, "big")
         self._carry_out(self._states.receive(guest.name, there, here, parsed), guest)
@@ -204,6 +219,7 @@ class Movers:
         dead = isinstance(peer.channel.lost, NobodyListensError | WorkerRestartedError)
         with self._worker.lock:
             self._carry_out(self._states.peer_dead(peer.name) if dead else self._states.peer_lost(peer.name))
+            self._carry_out(self._states.give_up(peer.name, str(peer.channel.ended())))
             if not dead and peer.name in self._states.open_peers():
                 self._worker.look_after(peer.name)
 
@@ -256,7 +272,7 @@ class Movers:
             then()
 
     def _send(self, peer: Peer, message: states.TransferMessage, object_id: int | None) -> None:
-        payload = None
+        payload: list[Any] | None = None
         if object_id is not None:
             value, note = self._leaving[object_id]
             payload = [value, note.requires_grad, sorted(note.tags), note.description]
@@ -266,7 +282,12 @@ class Movers:
         fields = [["x", f"{v:x}"] if type(v) is int and v >= 2**63 else v for v in values]
         if isinstance(message, states.Push):
             fields = [*fields[:6], None, fields[6]]
-        peer.tell([int(Kind.TRANSFER), type(message).__name__, fields, payload])
+        told = [int(Kind.TRANSFER), type(message).__name__, fields, payload]
+        if payload is not None and payload[0].nbytes >= LARGE and not peer.channel.inline:
+            value, payload[0] = payload[0], None
+            peer.channel.stream(told, [3, 0], value)
+        else:
+            peer.tell(told)
         self._worker.dirty.add(peer)
 
     def _stage(self, effect: states.Stage, source: Guest | None) -> None:

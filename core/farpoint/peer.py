@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
@@ -27,6 +28,7 @@ from farpoint.errors import (
 )
 from farpoint.failures import read_failure, revive_failure
 from farpoint.plugins import plugins
+from farpoint.progress import progress_bar
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.protocol.shapes import FAILURE, brief, check_answer
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from farpoint.worker import Worker
 
 PROMISED_BYTES = 16 * 2**20
+_LOOK_SECONDS = 0.1
 
 RUN, DEFINE, SYNC = int(Kind.RUN), int(Kind.DEFINE), int(Kind.SYNC)
 
@@ -67,6 +70,7 @@ class Reply:
         self, asked: list[Any], then: Callable[[Any], None] | None = None, keep: object = None
     ) -> None:
         self.asked = asked
+        self.number = 0
         self.value: Any = None
         self.error: dict[str, Any] | None = None
         self.done = threading.Event()
@@ -112,7 +116,7 @@ class Peer:
         self._slots: dict[int, tuple[int, Template]] = {}
         self._issued: deque[tuple[int, Origin]] = deque(maxlen=2 * self.limits.commands_in_flight)
         self._welcomed = False
-        self._deferred: list[Callable[[], None]] = []
+        self._deferred: list[Callable[[FarpointError | None], None]] = []
         self._promised = 0
         self._room = self.limits.commands_in_flight // 2
         self._milestone: Reply | None = None
@@ -162,8 +166,10 @@ class Peer:
         except FarpointError:
             pass  # who waits for an answer has been told
 
-    def defer(self, call: Callable[[], None]) -> bool:
+    def defer(self, call: Callable[[FarpointError | None], None]) -> bool:
         """Call something as soon as the other worker has said who it is; return False, and do not, if it has.
+
+        It is called with None, or with the error for which there will be no session. This is done with the owner's lock held.
 
         Raises:
             LimitError: Too much waits for that already.
@@ -187,13 +193,13 @@ class Peer:
         self.name = self.channel.name = welcome["worker"]
         self.channel.session.remote = self.incarnation
         serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
-        self.channel.open(lane, self.channel.session, serializer, inline=plugins.transport(self.url).inline)
+        self.channel.open(lane, self.channel.session, serializer, self.owner.limits, inline=plugins.transport(self.url).inline)
         with self.owner.lock:
             self._welcomed = True
             self.owner.peer_back(self)
             deferred, self._deferred = self._deferred, []
             for call in deferred:
-                call()
+                call(None)
 
     def refused(self, approach: Approach, refusal: FarpointError) -> None:
         """Learn that a worker does not take us: at first, that is the end."""
@@ -221,6 +227,10 @@ class Peer:
             self.pending.clear()
         self.channel.end()
         self.owner.peer_lost(self)
+        with self.owner.lock:
+            deferred, self._deferred = self._deferred, []
+            for call in deferred:
+                call(self.channel.ended())
         for reply in waiting:
             reply.error = {"lost": True}
             self._settle(reply)
@@ -293,7 +303,7 @@ class Peer:
             return
         with self.channel.lock:
             self._room = self.channel.session.submitted + self.limits.commands_in_flight // 2
-            before, self._milestone = self._milestone, self.ask([SYNC, []])
+            before, self._milestone = self._milestone, self.ask([SYNC, [], []])
         self.flush()
         if before is not None:
             self.wait(before)
@@ -330,6 +340,31 @@ class Peer:
         if full and origin is not NOWHERE:
             self.soon()
 
+    def upload(self, message: list[Any], position: int, tensor: torch.Tensor, origin: Origin = NOWHERE) -> None:
+        """Issue a command with a large tensor, and return when it has arrived: until then it must not change.
+
+        Args:
+            message: The command.
+            position: Where in it the tensor belongs.
+            tensor: The tensor, dense.
+            origin: Where the command comes from.
+
+        Raises:
+            SynchronizationTimeoutError: The worker takes no more of it. Then it was taken back.
+        """
+        stream = self.channel.stream(message, [position], tensor, 0, lambda number: self._issued.append((number, origin)))
+        try:
+            with progress_bar(f"to {self.name}", stream.total) as bar:
+                self.flush()
+                self._await(stream.done, None, lambda: bar(stream.sent))
+        except BaseException:
+            with self.channel.lock:
+                if self.channel.bulk is not None:
+                    self.channel.bulk.cancel(stream, self.channel.session)
+            raise
+        if self.channel.lost is not None:
+            raise self.channel.ended()
+
     def ask(
         self, message: list[Any], then: Callable[[Any], None] | None = None, keep: object = None
     ) -> Reply:
@@ -345,7 +380,8 @@ class Peer:
         reply = Reply(message, then, keep)
         with self.channel.lock:
             self._drop()
-            self.pending[self.channel.submit(message)] = reply
+            reply.number = self.channel.submit(message)
+            self.pending[reply.number] = reply
         return reply
 
     def wait(self, reply: Reply, seconds: float | None = None) -> Any:
@@ -359,18 +395,24 @@ class Peer:
             SynchronizationTimeoutError: Neither came.
         """
         self.flush()
+        if not reply.done.is_set():
+            self._await(reply.done, seconds)
+        if reply.error is not None:
+            raise self.error(reply.error)
+        return reply.value
+
+    def _await(self, done: threading.Event, seconds: float | None, look: Callable[[], object] = lambda: None) -> None:
         patience = self.limits.progress_seconds if seconds is None else seconds
         began = time.monotonic()
         left = patience
-        while not reply.done.wait(left):
+        while not done.wait(min(left, _LOOK_SECONDS)):
+            look()
             lane = self.channel.lane
             alive = 0.0 if seconds is not None else max(self.channel.heard, lane.link.heard if lane is not None else 0.0)
             left = max(began, alive) + patience - time.monotonic()
             if left <= 0:
                 raise SynchronizationTimeoutError(self.name or self.url, patience, "" if lane is not None else self.absence)
-        if reply.error is not None:
-            raise self.error(reply.error)
-        return reply.value
+        look()
 
     def raise_orphan(self) -> None:
         """Raise the first error of a command that had no result to carry it, and that nobody has seen yet."""
@@ -384,6 +426,16 @@ class Peer:
     def request(self, message: list[Any]) -> Any:
         """Issue a command and wait for its answer."""
         return self.wait(self.ask(message))
+
+    def download(self, message: list[Any], nbytes: int) -> Any:
+        """Issue a command whose answer may be large, and wait for it."""
+        reply = self.ask(message)
+        self.flush()
+        if self.channel.bulk is not None and not reply.done.is_set():
+            bulk = self.channel.bulk
+            with progress_bar(f"from {self.name}", nbytes) as bar:
+                self._await(reply.done, None, lambda: bar(bulk.progress(reply.number)[0]))
+        return self.wait(reply)
 
     def flush(self) -> None:
         """Send what is waiting, with the references that were given up."""

@@ -18,7 +18,7 @@ from farpoint.names import check_worker_id
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import caller, locate, spell
-from farpoint.route import forget_all_routes, forget_routes, route_of
+from farpoint.route import forget_all_routes, forget_routes
 from farpoint.worker import Worker
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class RemoteWorker:
             peers = [handle.peer for handle in list(_handles.values()) if handle.peer.channel.lane is not None]
             for peer in peers if self.peer in peers else [self.peer]:
                 try:
-                    peer.wait(peer.ask([int(Kind.SYNC), []]), max(0.0, deadline - time.monotonic()))
+                    peer.wait(peer.ask([int(Kind.SYNC), [], []]), max(0.0, deadline - time.monotonic()))
                 except FarpointError:
                     pass  # the end is what was asked for
             where = spell(caller()) or "an unknown place"
@@ -268,7 +268,7 @@ def settle_all() -> None:
     """Wait until everything issued by this process has taken effect."""
     for handle in list(_handles.values()):
         if handle.peer.channel.lost is None:
-            route_of(handle.peer).synchronize()
+            handle.peer.request([int(Kind.SYNC), [], []])
 
 
 def _settle_twice() -> None:

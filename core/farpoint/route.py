@@ -42,7 +42,7 @@ class Route:
     def synchronize(self) -> None:
         """Wait until everything issued by this way has taken effect, down to its end."""
         if self.peer.channel.lost is None:
-            self.peer.request([int(Kind.SYNC), []])
+            self.peer.request([int(Kind.SYNC), [], list(self.workers[1:])])
 
 
 _last: dict[str, Route] = {}

@@ -181,6 +181,12 @@ class Worker:
             guest.at_once = False
             guest.flush()
 
+    def refuse(self, guest: Guest, number: int, message: list[Any], reason: FarpointError) -> None:
+        """Let a command fail before it was carried out."""
+        with self.lock:
+            if not guest.left:
+                self._poison(guest, number, self._describe_error(reason, message, guest), _results(message, malformed=False))
+
     def settle(self) -> None:
         """Send what commands have left to be said: now, or, if this thread holds the lock, when it has given it up.
 

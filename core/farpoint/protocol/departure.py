@@ -217,6 +217,10 @@ class Departures:
     finished: deque[int] = attrs.Factory(deque)
     waiting: dict[int, deque[int]] = attrs.Factory(dict)
 
+    def leaving_for(self, peer: str) -> list[Departure]:
+        """Return the transfers to a peer."""
+        return [known for known in self.entries.values() if known.destination == peer]
+
     def begin(self, asked: Departure) -> list[Effect]:
         """Start a transfer, or let it wait until its object is free."""
         if asked.object_id not in self.ground.held:
@@ -303,7 +307,7 @@ class Departures:
     def orphaned(self, peer: str) -> list[Effect]:
         """Serve what was leaving for a worker that is dead: its copy has died with it."""
         effects: list[Effect] = []
-        for known in [d for d in self.entries.values() if d.destination == peer]:
+        for known in self.leaving_for(peer):
             if known.state in (Leaving.OUT, Leaving.COMMITTED):
                 effects += self._serve(known, f"{peer} has died")
             elif known.state is Leaving.ABORTING:

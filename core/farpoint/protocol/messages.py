@@ -37,7 +37,7 @@ class Kind(IntEnum):
     CLEAR = 12
     """Drop every object of the worker. Answered."""
     SYNC = 13
-    """`visited`: answered when everything before it has taken effect, here and where it was passed on to."""
+    """`visited, further`: answered when everything before it has taken effect, here and where it was passed on to."""
     DESCRIBE = 14
     """`ids`: answered with the metadata of each data end."""
     TRANSFER = 15
@@ -46,6 +46,11 @@ class Kind(IntEnum):
     """`id`: answered with entries of the objects after that one: `farpoint.listing`."""
     LOCATE = 17
     """`id`: CLAIM, answered with the metadata of the data end, the workers on the way there, and what is written on the object."""
+
+    CHUNK = 32
+    """`stream, about, offset, total, bytes`: a part of a tensor, in either direction: `farpoint.bulk`."""
+    WHOLE = 33
+    """`stream, dtype, shape, checksum, path, message`: the message that a tensor in chunks belongs to, and where."""
 
     ANSWER = 64
     """`seq, value`: the answer to a command."""

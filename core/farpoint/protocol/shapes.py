@@ -225,7 +225,7 @@ COMMANDS: Final[Mapping[int, Shape]] = {
         Kind.SEARCH: {"words": listed(text("name_chars"), "tags")},
         Kind.TAG: {"id": ID, "tags": optional(TAGS), "description": optional(DESCRIPTION)},
         Kind.CLEAR: {},
-        Kind.SYNC: {"visited": listed(NAME, "hops")},
+        Kind.SYNC: {"visited": listed(NAME, "hops"), "further": listed(NAME, "hops")},
         Kind.DESCRIBE: {"ids": listed(ID, "results")},
         Kind.TRANSFER: {
             "name": text("name_chars"),
@@ -257,6 +257,25 @@ ANSWERS: Final[Mapping[int, Field]] = {
     Kind.LOCATE: Field("a list of five items", lambda v: type(v) is list and len(v) == 5),
 }
 """What a client takes for an answer; that to FETCH has a shape for each thing that may be there."""
+
+_BYTES: Final = Field("a vector of bytes", lambda v: isinstance(v, torch.Tensor) and v.dtype is torch.uint8 and v.ndim == 1)
+CHUNK: Final = Shape(
+    "CHUNK",
+    stream=ID,
+    about=integer(0, MAX_ID - 1),
+    offset=integer(0, MAX_ID - 1),
+    total=integer(1, MAX_ID - 1),
+    bytes=_BYTES,
+)
+WHOLE: Final = Shape(
+    "WHOLE",
+    stream=ID,
+    dtype=text("name_chars"),
+    shape=listed(integer(0, _MAX_SIZE), "tensor_dims"),
+    checksum=integer(0, 2**32 - 1),
+    path=listed(integer(0, 15), "depth"),
+    message=_LIST,
+)
 
 FAILURE: Final = Shape(
     "FAILURE",

@@ -269,6 +269,13 @@ class Transfers:
             )
         return self._departures.abort(known, reason)
 
+    def give_up(self, peer: str, reason: str) -> list[Effect]:
+        """Give up everything that leaves for a peer and is not committed: nobody knows when it will be reached again."""
+        effects: list[Effect] = []
+        for known in self._departures.leaving_for(peer):
+            effects += self._departures.abort(known, reason)
+        return effects
+
     def refuse(self, transfer: int, reason: str) -> list[Effect]:
         """Report that a `Stage` could not be carried out; the effects that followed it are void.
 
@@ -314,7 +321,7 @@ class Transfers:
         else:
             self._ground.peers[peer] = attrs.evolve(known, incarnation=incarnation, linked=True, floor=1)
         effects: list[Effect] = []
-        for departure in [d for d in self._departures.entries.values() if d.destination == peer]:
+        for departure in self._departures.leaving_for(peer):
             effects += self._departures.resume(departure)
         for arrival in [a for a in self._arrivals.entries.values() if a.source == peer]:
             effects += self._arrivals.resume(arrival)
