@@ -149,7 +149,14 @@ def stage(request: pytest.FixtureRequest) -> Iterator[tuple[str, Traffic, list[W
         sessions = [handle.peer.session_id for handle in handles]
         for handle in handles:
             handle.close()
-    assert {message[0] for _, message in said} >= set(Kind) - {Kind.CLEAR, Kind.TRANSFER, Kind.ANSWER, Kind.FAILURE}
+    assert {message[0] for _, message in said} >= set(Kind) - {
+        Kind.CLEAR,
+        Kind.TRANSFER,
+        Kind.CHUNK,
+        Kind.WHOLE,
+        Kind.ANSWER,
+        Kind.FAILURE,
+    }
     for worker in workers:
         for peer in list(worker.peers.values()):
             peer.close()
