@@ -18,10 +18,11 @@ from farpoint import PluginError
 from farpoint.limits import Limits
 from farpoint.plugins import plugins
 from farpoint.serializer import Serializer
-from farpoint_cli import DEPENDENCIES, app
+from farpoint_cli import app
+from farpoint_cli.doctor import DEPENDENCIES
 from strangers import SERIALIZER, environment, install
 
-COMMANDS = ("tutorial", "plugins", "doctor")
+COMMANDS = ("tutorial", "worker", "plugins", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +186,7 @@ class TestDoctor:
         assert result.exit_code == 1 and "FARPOINT_STORE=shelf: the names are memory" in result.output
 
     def test_a_dependency_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("farpoint_cli.DEPENDENCIES", ("a-distribution-that-nobody-has",))
+        monkeypatch.setattr("farpoint_cli.doctor.DEPENDENCIES", ("a-distribution-that-nobody-has",))
         result = invoke("doctor")
         assert result.exit_code == 1 and "pip install a-distribution-that-nobody-has" in result.output
 

@@ -46,6 +46,7 @@ SAMPLES: list[FarpointError] = [
     errors.OperationNotAllowedError("bob", "aten::from_file", "it is not in the table"),
     errors.GetNotPermittedError("bob", "get", "values stay"),
     errors.InvalidNameError("tag", "x", "a # and then 1 to 63 characters"),
+    errors.InsecureListenerError("ws://0.0.0.0:8765", "others can listen in", "give --tls-cert"),
     errors.EncodeError("a sparse tensor cannot travel"),
     errors.DecodeError("a header ends in the middle"),
     errors.LimitError("tags", 16, 17),
@@ -134,7 +135,7 @@ class TestCatalogue:
         next_step = (
             r"p\.get\(|get\(keep=True\)|p\.move\(|\.search\(|VirtualWorker\(|connect again|correct that call|Ask whoever|"
             r"get\(\) the operands|use a #|Convert it first|farpoint --version|Limits\(|Connect again|repeat the call|"
-            r"same call may be repeated|pip install|num_workers=0|leave out= away"
+            r"same call may be repeated|pip install|num_workers=0|leave out= away|give --tls-cert"
         )
         assert re.search(next_step, str(error)), str(error)
 

@@ -1,5 +1,6 @@
 """Compute on PyTorch tensors that live on other machines, through pointers that are tensors."""
 
+from farpoint.cluster import LocalCluster, local_cluster
 from farpoint.connection import aconnect, connect
 from farpoint.errors import (
     DecodeError,
@@ -7,6 +8,7 @@ from farpoint.errors import (
     FarpointError,
     ForkedPointerError,
     GetNotPermittedError,
+    InsecureListenerError,
     InvalidNameError,
     LimitError,
     MalformedMessageError,
@@ -45,8 +47,10 @@ __all__ = [
     "FarpointError",
     "ForkedPointerError",
     "GetNotPermittedError",
+    "InsecureListenerError",
     "InvalidNameError",
     "LimitError",
+    "LocalCluster",
     "MalformedMessageError",
     "NobodyListensError",
     "NotColocatedError",
@@ -75,6 +79,7 @@ __all__ = [
     "aconnect",
     "connect",
     "get",
+    "local_cluster",
     "me",
     "move",
     "progress",

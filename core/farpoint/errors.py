@@ -19,6 +19,7 @@ what to type next::
     │   ├── OperationNotAllowedError          the operation is outside the worker's table
     │   └── GetNotPermittedError              the worker's policy keeps the value
     ├── InvalidNameError (ValueError)       a worker id, a tag or a search that is none
+    ├── InsecureListenerError (ValueError)  a worker would let strangers in, or speak in the clear where they listen
     ├── EncodeError (ValueError)            a value that cannot travel
     ├── DecodeError (ValueError)            bytes that are not what a peer of ours writes
     │   └── LimitError                        ... or more of them than is allowed
@@ -299,6 +300,22 @@ class InvalidNameError(FarpointError, ValueError):
         self.reason = reason
         shown = name if len(name) <= 80 else f"{name[:77]}..."
         super().__init__(f"{shown!r} cannot be a {kind}: use {reason}.")
+
+
+class InsecureListenerError(FarpointError, ValueError):
+    """A worker would let strangers in, or speak in the clear where they can listen. It does not start.
+
+    Attributes:
+        place: Where it was to listen, or the file that its secrets are in.
+        reason: What is wrong with that.
+        fix: What to type.
+    """
+
+    def __init__(self, place: str, reason: str, fix: str) -> None:
+        self.place = place
+        self.reason = reason
+        self.fix = fix
+        super().__init__(f"{place}: {reason}. What to do: {fix}.")
 
 
 class EncodeError(FarpointError, ValueError):

@@ -305,8 +305,7 @@ class VirtualWorker(RemoteWorker):
             )
             existing._end("replaced")
         transport = transport or os.environ.get("FARPOINT_TRANSPORT") or "virtual"
-        schemes = {record.name: record.schemes[0] for record in plugins.transports()}
-        url = plugins.transport(f"{schemes.get(transport, transport)}://").local_url(id)
+        url = plugins.local_url(transport, id)
         self._worker = Worker(id, url, offered, store or os.environ.get("FARPOINT_STORE") or "memory")
         super().__init__(id, self._worker.url, serializers=offered)
 

@@ -117,6 +117,19 @@ class PluginManager:
             self._transports[key] = self._make("transport", found.name, found.record.factory)
         return self._transports[key]
 
+    def local_url(self, transport: str, name: str) -> str:
+        """Return a URL on this machine to listen at.
+
+        Args:
+            transport: Name of a transport, or one of its URL schemes.
+            name: Who will listen.
+
+        Raises:
+            PluginError: There is no such transport, or it cannot be made.
+        """
+        schemes = {record.name: record.schemes[0] for record in self.transports()}
+        return self.transport(f"{schemes.get(transport, transport)}://").local_url(name)
+
     def serializer(self, name: str, limits: Limits) -> Serializer:
         """Return a new serializer by name.
 

@@ -1,7 +1,4 @@
-"""The command `farpoint`.
-
-A top-level module: the package `farpoint` imports torch, which takes seconds, and `farpoint --help` needs none of it.
-"""
+"""`farpoint doctor`."""
 
 from __future__ import annotations
 
@@ -10,71 +7,13 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import typer
 
 DEPENDENCIES: Final = ("attrs", "msgpack", "pluggy", "rich", "tqdm", "typer", "websockets")
 
-app = typer.Typer(
-    name="farpoint",
-    help="Compute on PyTorch tensors that live elsewhere, through pointers that are tensors.",
-    no_args_is_help=True,
-    add_completion=False,
-)
 
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"farpoint {importlib.metadata.version('farpoint')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None:
-    """Compute on PyTorch tensors that live elsewhere, through pointers that are tensors."""
-
-
-@app.command()
-def tutorial(
-    serializer: Annotated[
-        str | None,
-        typer.Option(help="How tensors are written: msgpack or torch. By default FARPOINT_SERIALIZER, else msgpack."),
-    ] = None,
-) -> None:
-    """Send, move, add and fetch tensors between two workers in this process, and show where everything is."""
-    from farpoint.errors import FarpointError, PluginError
-    from farpoint.tutorial import run
-
-    try:
-        run(serializer, typer.echo)
-    except PluginError as error:
-        # An unknown name is a mistake in what was typed: exit code 2, as for an unknown option.
-        raise typer.BadParameter(str(error), param_hint="--serializer, or FARPOINT_SERIALIZER") from error
-    except FarpointError as error:
-        typer.echo(f"farpoint tutorial: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-@app.command()
-def plugins() -> None:
-    """List installed plugins: kind, name, distribution; and what is broken, with the reason."""
-    from farpoint.plugins import plugins as manager
-
-    rows = sorted((found.kind, found.name, found.distribution) for found in manager.provided())
-    for kind, name, distribution in rows:
-        typer.echo(f"{kind:<11} {name:<14} {distribution}")
-    for problem in manager.problems():
-        typer.echo(f"{'broken':<11} {problem}")
-    if not rows:
-        typer.echo("no plugins: is farpoint installed? (pip install -e . registers its own)")
-
-
-@app.command()
 def doctor() -> None:
     """Check this installation: versions, and whether every plugin works. The exit code is 1 if something is broken."""
     typer.echo(f"python      {platform.python_version()}   {sys.executable}")
@@ -128,8 +67,3 @@ def _check_plugins() -> list[str]:
         if chosen and chosen not in known:
             broken.append(f"{variable}={chosen}: the names are {', '.join(known)}")
     return broken
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
