@@ -40,6 +40,7 @@ SAMPLES: list[FarpointError] = [
     errors.ObjectNotFoundError(7, "bob", "it was freed"),
     errors.WorkerNotFoundError("bob", ["carol", "alice"]),
     errors.WorkerLostError("bob", "it was closed at train.py:7"),
+    errors.CapabilityError("bob", "it has expired"),
     errors.WorkerRestartedError("bob", "it has another life"),
     errors.RemoteExecutionError("bob", "aten::inverse", "LinAlgError", "singular", "train.py:7", "Traceback ..."),
     errors.PermissionDeniedError("bob", "clear", "no"),

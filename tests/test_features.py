@@ -173,7 +173,7 @@ class TestTags:
         error = refused_there(net.bob, [int(Kind.PUT), net.bob.peer.new_id(), torch.ones(2), False, tags, description])
         assert isinstance(error, REFUSALS) and error.origin == net.bob.id
         link = [int(Kind.LINK), net.alice.peer.new_id(), net.bob.id, net.bob.url, p.id_at_location, p._spec.to_wire()]
-        assert isinstance(refused_there(net.alice, [*link, tags, description]), REFUSALS)
+        assert isinstance(refused_there(net.alice, [*link, tags, description, ""]), REFUSALS)
         assert isinstance(refused_there(net.bob, [int(Kind.TAG), p.id_at_location, tags, description]), REFUSALS)
         assert len(before) == 1 and net.sizes() == [1, 0]
         assert [note_of(f).tags for f in net.bob.search("#good")] == [{"#good"}]
@@ -401,7 +401,7 @@ class TestWorkers:
 
     def test_a_worker_checks_the_ids_that_arrive(self, net: Net) -> None:
         p = data().send(net.bob)
-        message = [int(Kind.LINK), net.alice.peer.new_id(), "no name", net.bob.url, p.id_at_location, p._spec.to_wire(), [], ""]
+        message = [int(Kind.LINK), net.alice.peer.new_id(), "no name", net.bob.url, p.id_at_location, p._spec.to_wire(), [], "", ""]
         assert isinstance(refused_there(net.alice, message), REFUSALS)
         farpoint.me().id = "no name"
         try:

@@ -195,7 +195,7 @@ class TestMiddle:
         p = at(torch.zeros(2), bob)
         bob.synchronize()
         mallory = RawClient(alice.url)
-        mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], ""])
+        mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], "", ""])
         (peer,) = alice.worker.peers.values()
         peer.wait(peer.ask([int(Kind.SYNC), [], []]))
         late.held_back = lambda url: url == bob.url
@@ -235,7 +235,7 @@ class TestMiddle:
             alice.peer.ask([int(Kind.FETCH), p._reference.id]),
             alice.peer.ask([int(Kind.SYNC), [], []]),
             alice.peer.ask([int(Kind.DESCRIBE), [p._reference.id]]),
-            alice.peer.ask([int(Kind.MOVE), p._reference.id, 1, alice.id, alice.url, 0, 0, False]),
+            alice.peer.ask([int(Kind.MOVE), p._reference.id, 1, alice.id, alice.url, 0, 0, False, ""]),
         ]
         alice.flush()
         (peer,) = alice.worker.peers.values()
@@ -261,7 +261,7 @@ def test_a_worker_that_never_greets_stops_nobody_else() -> None:
         bob.synchronize()
         late.held_back = lambda url: url == bob.url
         mallory = RawClient(alice.url)
-        mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], ""])
+        mallory.say([int(Kind.LINK), 7, bob.id, bob.url, p._reference.id, p._spec.to_wire(), [], "", ""])
         honest = at(torch.ones(2), alice)
         assert (honest + honest).get().tolist() == [2, 2]
         synchronized = alice.peer.ask([int(Kind.SYNC), [], []])

@@ -167,7 +167,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[tuple[str, Traffic, list[W
         for name, fields in (("Commit", [5]), ("Prepared", [6]), ("Abort", [7, 8, 9]), ("Inquire", [5, ["x", "f" * 32]])):
             said.append((place, [int(Kind.TRANSFER), name, fields, None]))
         push = [5, 5, 1, 77, 78, False, None, None]
-        said.append((place, [int(Kind.TRANSFER), "Push", push, [torch.ones(2), False, [], ""]]))
+        said.append((place, [int(Kind.TRANSFER), "Push", push, [torch.ones(2), False, [], "", ""]]))
     yield request.param, Traffic(said, sessions), workers
     plugins.unregister(policy)
     for worker in workers:
@@ -250,7 +250,7 @@ def honest_client(workers: list[Worker], serializer: str) -> list[RawClient]:
         client.say([int(Kind.PUT), HONEST + n, torch.full((3,), 7.0), False, ["#honest"], "mine"])
     spec = [[3], [1], 0, "float32", False, False]
     bob = workers[0]
-    clients[1].say([int(Kind.LINK), HONEST + 2, bob.id, bob.url, HONEST, spec, [], ""])
+    clients[1].say([int(Kind.LINK), HONEST + 2, bob.id, bob.url, HONEST, spec, [], "", ""])
     return clients
 
 

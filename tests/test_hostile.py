@@ -161,7 +161,7 @@ class TestLinks:
         assert "refused" not in RawClient(bob.url).welcome
         honest = clients[1]
         for n in range(5):
-            error, text = honest.error([int(Kind.LINK), n + 1, f"nobody-{n}", f"virtual://nobody-{n}", 5, SPEC, [], ""])
+            error, text = honest.error([int(Kind.LINK), n + 1, f"nobody-{n}", f"virtual://nobody-{n}", 5, SPEC, [], "", ""])
             assert error == "NobodyListensError", text
         bob.close()
 
@@ -192,7 +192,7 @@ class TestWhatIsOthers:
             lambda i: [int(Kind.ASK), 0, [i, 1], [300 + i]],
             lambda i: [int(Kind.RUN), 3, [i], [0]],
             lambda i: [int(Kind.TAG), i, ["#mine"], ""],
-            lambda i: [int(Kind.MOVE), i, 0, "x", "virtual://x", 5, 6, False],
+            lambda i: [int(Kind.MOVE), i, 0, "x", "virtual://x", 5, 6, False, ""],
         ]
         for use in uses:
             taken, missing = mallory.error(use(100)), mallory.error(use(101))
@@ -213,8 +213,8 @@ class TestWhatIsOthers:
                 [int(Kind.RUN), 0, [1, 2], [taken]],
                 [int(Kind.RUN), 0, [1, 2], [30, taken]],
                 [int(Kind.RUN), 7, [1, 2], [taken]],
-                [int(Kind.LINK), taken, "nobody", "virtual://nobody", 5, SPEC, [], ""],
-                [int(Kind.MOVE), 1, 0, bob.id, bob.url, taken, mallory.holder, False],
+                [int(Kind.LINK), taken, "nobody", "virtual://nobody", 5, SPEC, [], "", ""],
+                [int(Kind.MOVE), 1, 0, bob.id, bob.url, taken, mallory.holder, False, ""],
             ]
             for message in messages:
                 assert mallory.error(message)[0] == "MalformedMessageError"
@@ -235,7 +235,7 @@ class TestWhatIsOthers:
 
     def test_nobody_is_given_what_he_does_not_expect(self, bob: Worker, mallory: RawClient) -> None:
         for holder in (0, 12345):
-            error, text = mallory.error([int(Kind.MOVE), 1, 0, bob.id, bob.url, 50, holder, False])
+            error, text = mallory.error([int(Kind.MOVE), 1, 0, bob.id, bob.url, 50, holder, False, ""])
             assert error == "ProtocolError" and "no session here" in text
 
     def test_who_is_gone_holds_nothing(self, bob: Worker) -> None:
@@ -258,7 +258,7 @@ class TestTransfers:
 
     def push(self, transfer: int, new_id: int, holder: int, *payload: Any) -> list[Any]:
         fields = [transfer, transfer, 1, new_id, holder, False, None, None]
-        return [int(Kind.TRANSFER), "Push", fields, [*payload] or [torch.ones(2), False, [], ""]]
+        return [int(Kind.TRANSFER), "Push", fields, [*payload] or [torch.ones(2), False, [], "", ""]]
 
     @pytest.mark.parametrize(
         "fields",
@@ -277,7 +277,7 @@ class TestTransfers:
     def test_payloads(self, bob: Worker, eve: RawClient) -> None:
         push = self.push(1, 50, eve.holder)
         assert eve.error([*push[:3], []])[0] == "MalformedMessageError"
-        payloads: list[list[Any]] = [[1, 2, 3, 4], [torch.ones(1), 1, [], ""], [torch.ones(1), True, ["a b"], ""], [None, False, [], ""]]
+        payloads: list[list[Any]] = [[1, 2, 3, 4, 5], [torch.ones(1), 1, [], "", ""], [torch.ones(1), True, ["a b"], "", ""], [None, False, [], "", ""]]
         for n, payload in enumerate(payloads):
             (number,) = eve.say([*self.push(20 + n, 50, eve.holder)[:3], payload])
             assert number not in eve.answers, "whoever began the move is told by the state machine"
@@ -305,15 +305,15 @@ class TestTransfers:
         place = RawWorker(f"eve-{next(numbers)}")
         eve = RawClient(bob.url, poses_as=place)
         for n in range(1, 21):
-            eve.say(self.push(n, 50 + n, eve.holder, torch.ones(2_000), False, [], ""))
+            eve.say(self.push(n, 50 + n, eve.holder, torch.ones(2_000), False, [], "", ""))
         assert len(bob.movers._staged) == 8
         bob.close()
         place.close()
 
     def test_a_worker_that_claims_to_have_moved_what_never_came(self, bob: Worker, mallory: RawClient) -> None:
         liar = RawWorker(f"liar-{next(numbers)}", lambda number, message: [[int(Kind.ANSWER), number, True]])
-        mallory.say([int(Kind.LINK), 50, liar.name, liar.url, 5, SPEC, [], ""])
-        error, text = mallory.error([int(Kind.MOVE), 50, 1, bob.id, bob.url, 0, 0, False])
+        mallory.say([int(Kind.LINK), 50, liar.name, liar.url, 5, SPEC, [], "", ""])
+        error, text = mallory.error([int(Kind.MOVE), 50, 1, bob.id, bob.url, 0, 0, False, ""])
         assert error == "ProtocolError" and "nothing has come" in text
         check_idle(bob)
         liar.close()

@@ -55,9 +55,9 @@ class TestQuotas:
             [int(Kind.PUT), 20, torch.ones(1), False, [], ""],
             [int(Kind.RUN), 0, [1, 2], [21]],
             [int(Kind.ASK), 0, [1, 2], [22]],
-            [int(Kind.LINK), 23, "nobody", "virtual://nobody", 5, SPEC, [], ""],
-            [int(Kind.CLAIM), 100],
-            [int(Kind.MOVE), 1, 0, small.id, small.url, 24, mallory.holder, False],
+            [int(Kind.LINK), 23, "nobody", "virtual://nobody", 5, SPEC, [], "", ""],
+            [int(Kind.CLAIM), 100, ""],
+            [int(Kind.MOVE), 1, 0, small.id, small.url, 24, mallory.holder, False, ""],
         ):
             error, text = mallory.error(message)
             assert error == "QuotaError" and "objects=8" in text and "Give up" in text
@@ -100,7 +100,7 @@ class TestQuotas:
     def test_what_is_expanded_counts_in_full_when_it_leaves(self, bob: Worker, mallory: RawClient) -> None:
         sizes = ["l", ["c", 2**38], ["c", 2]]
         mallory.say([int(Kind.DEFINE), 2, "aten::expand.default", [["t"], sizes], {}], [int(Kind.RUN), 2, [1], [40]])
-        for message in ([int(Kind.FETCH), 40], [int(Kind.MOVE), 40, 0, "x", "virtual://x", 50, 51, False]):
+        for message in ([int(Kind.FETCH), 40], [int(Kind.MOVE), 40, 0, "x", "virtual://x", 50, 51, False, ""]):
             error, text = mallory.error(message)
             assert error == "LimitError" and "Limits(message_bytes=...)" in text
 
@@ -151,8 +151,8 @@ class TestQuotas:
         mallory = stocked(RawClient(small.url))
         silent = RawWorker(f"silent-{next(numbers)}")
         move = [int(Kind.MOVE), 1, 0, silent.name, silent.url]
-        mallory.say([*move, 50, 9, False], [*move, 51, 9, False])
-        error, text = mallory.error([*move, 52, 9, False])
+        mallory.say([*move, 50, 9, False, ""], [*move, 51, 9, False, ""])
+        error, text = mallory.error([*move, 52, 9, False, ""])
         assert error == "QuotaError" and "transfers=2" in text
         silent.close()
 

@@ -3,6 +3,7 @@
 from farpoint.cluster import LocalCluster, local_cluster
 from farpoint.connection import aconnect, connect
 from farpoint.errors import (
+    CapabilityError,
     DecodeError,
     EncodeError,
     FarpointError,
@@ -42,6 +43,7 @@ from farpoint.remote import RemoteWorker, VirtualWorker, me
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapabilityError",
     "DecodeError",
     "EncodeError",
     "FarpointError",

@@ -10,6 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
+from farpoint.capability import PREFIX
 from farpoint.channel import Lane, bare
 from farpoint.errors import (
     FarpointError,
@@ -68,9 +71,14 @@ class Approach:
             "incarnation": owner.incarnation.hex(),
             "serializers": peer.offered,
         }
+        credentials = peer.credentials
         if self._resumes:
             hello["taken"] = peer.channel.session.taken
-        self._link = transport.connect(peer.url, self, peer.credentials)
+            if credentials.token.startswith(PREFIX):  # what we came in with was good for the first time only
+                credentials = attrs.evolve(credentials, token=peer.capability)
+        elif owner.url and not transport.inline:
+            hello["introduction"] = owner.doorman.introduce(peer)
+        self._link = transport.connect(peer.url, self, credentials)
         if peer.over:
             self._link.close()
         self._link.write([json.dumps(hello).encode()])

@@ -206,12 +206,12 @@ class Commands:
             self._worker.store.annotate(object_id, note)
 
     def _link(self, guest: Guest, number: int, message: list[Any]) -> None:
-        _, object_id, name, url, target, spec, tags, description = message
+        _, object_id, name, url, target, spec, tags, description, capability = message
         self._worker.check_new(object_id)
         note = check_note(tags, description)
         self._worker.authorize(guest, "link", object_id)
         guest.quota.check()
-        peer = self._worker.introduce(guest, name, url)
+        peer = self._worker.introduce(name, url, capability)
         guest.pass_on(peer)
         described = spec_from_wire(spec, interned=False)
         pointer = StoredPointer(self._worker.id, object_id, peer.refer(target, claimed=True), described)
@@ -229,14 +229,16 @@ class Commands:
                     self._worker.poisoned[object_id] = failure
                 guest.fail(number, failure)
 
-        peer.ask([int(Kind.CLAIM), target], linked)
+        peer.ask([int(Kind.CLAIM), target, capability], linked)
         self._worker.dirty.add(peer)
 
     def _claim(self, guest: Guest, number: int, message: list[Any]) -> None:
-        self._hold(guest, message[1])
+        self._hold(guest, message[1], message[2])
         guest.answer(number, True)
 
-    def _hold(self, guest: Guest, object_id: int) -> None:
+    def _hold(self, guest: Guest, object_id: int, capability: str = "") -> None:
+        if guest.introduced and object_id not in guest.held:
+            self._worker.doorman.check_hold(guest, object_id, capability)
         value = self._worker.store.get(object_id)
         if value is None and object_id not in self._worker.poisoned:
             raise ObjectNotFoundError(object_id, self._worker.id, "it was freed before you became a holder")
@@ -253,7 +255,8 @@ class Commands:
         about = [note.requires_grad, sorted(note.tags), note.description]
         if isinstance(value, StoredPointer):
             peer = value.reference.peer
-            answer = ["pointer", peer.name, peer.url, value.reference.id, *about]
+            capability = peer.give(object=value.reference.id, operation="hold", audience=guest.incarnation.hex())
+            answer = ["pointer", peer.name, peer.url, value.reference.id, *about, capability]
             guest.pass_on(peer)
             # A pointer leaves only when its target is known to exist there.
             peer.ask([int(Kind.SYNC), [], []], self._relay(guest, number, answer), keep=value)

@@ -18,6 +18,7 @@ what to type next::
     ├── PermissionDeniedError (PermissionError)
     │   ├── OperationNotAllowedError          the operation is outside the worker's table
     │   └── GetNotPermittedError              the worker's policy keeps the value
+    ├── CapabilityError (PermissionError)   a capability is forged, late, used already, or for something else
     ├── InvalidNameError (ValueError)       a worker id, a tag or a search that is none
     ├── InsecureListenerError (ValueError)  a worker would let strangers in, or speak in the clear where they listen
     ├── EncodeError (ValueError)            a value that cannot travel
@@ -283,6 +284,20 @@ class GetNotPermittedError(PermissionDeniedError):
     """The worker's policy keeps the value where it is."""
 
     advice = "Ask whoever runs {worker} to permit it, or get() a result that may leave."
+
+
+class CapabilityError(FarpointError, PermissionError):
+    """What was shown to a worker does not allow what was asked.
+
+    Attributes:
+        worker: Who refuses.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, worker: str, reason: str) -> None:
+        self.worker = worker
+        self.reason = reason
+        super().__init__(f"{worker} does not accept the capability: {reason}. Repeat the call, p.send(...) or p.move(...): a new one is made for it.")
 
 
 class InvalidNameError(FarpointError, ValueError):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from farpoint.channel import Channel, Lane
-from farpoint.errors import FarpointError, LimitError, ProtocolError, TransportError, WorkerLostError
+from farpoint.errors import (
+    CapabilityError,
+    FarpointError,
+    LimitError,
+    ProtocolError,
+    TransportError,
+    WorkerLostError,
+)
 from farpoint.failures import describe_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
@@ -85,7 +92,11 @@ class Doorstep:
             return {"refused": f"none of the serializers that were offered is known here; known: {known}"}
         if len(worker.guests) >= worker.limits.links:
             return {"refused": f"{worker.id} has {worker.limits.links} clients, as many as it takes"}
-        guest = Guest(worker, hello)
+        try:
+            introduced = worker.doorman.introduced(self._link.token, hello["incarnation"])
+        except CapabilityError as error:
+            return {"refused": str(error)}
+        guest = Guest(worker, hello, introduced=introduced)
         # Whoever has learnt the number of a session must not become that session. Not under the worker's lock: the thread
         # that dials us may hold that of its own worker.
         if worker.guests.setdefault(guest.holder, guest) is not guest:
@@ -100,6 +111,7 @@ class Doorstep:
             "incarnation": worker.incarnation.hex(),
             "serializer": shared[0],
             "limits": worker.limits.advertised(),
+            **({} if self._inline else worker.doorman.welcome(guest)),
         }
 
     def _take_back(self, hello: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +137,12 @@ class Guest:
     Args:
         worker: The worker.
         hello: Its greeting, which was checked.
+        introduced: Whether it came in with a capability: it may only use what it was handed.
 
     Attributes:
         name: What the client calls itself.
         holder: Its session, as the holders' list names it.
+        introduction: What opens its own door to us, if it listens.
         secret: What shows that a later link is of the same client.
         held: The ids that it has a reference to.
         templates: What it has defined, by slot.
@@ -143,13 +157,15 @@ class Guest:
         left: Whether it is gone, and what it held with it.
     """
 
-    def __init__(self, worker: Worker, hello: dict[str, Any]) -> None:
+    def __init__(self, worker: Worker, hello: dict[str, Any], *, introduced: bool) -> None:
         self.worker = worker
         self.name: str = hello["client"]
         self.url: str = hello["url"]
         self.holder: int = hello["session"]
         self.secret = str(hello.get("secret") or "").encode()
         self.incarnation = bytes.fromhex(hello["incarnation"])
+        self.introduced = introduced
+        self.introduction = str(hello.get("introduction") or "")[: worker.limits.capability_chars]
         self.held: set[int] = worker.holders.held(self.holder)
         self.quota = Quota(worker.id, worker.store, self.held, worker.limits)
         self.templates: dict[int, Template] = {}

@@ -49,8 +49,9 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         tensor._route.synchronize()
         through = reference.peer
         object_id = peer.new_id()
+        capability = through.give(object=reference.id, operation="hold", audience=peer.incarnation.hex())
         peer.ask(
-            [int(Kind.LINK), object_id, through.name, through.url, reference.id, tensor._spec.to_wire(), *about],
+            [int(Kind.LINK), object_id, through.name, through.url, reference.id, tensor._spec.to_wire(), *about, capability],
             keep=reference,
         )
         if peer.channel.session.waiting >= BATCH:
@@ -110,14 +111,14 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     grad = _grad_of(pointer)
     result: torch.Tensor
     if answer[0] == "pointer":
-        _, name, url, target, _, tags, description = answer
+        _, name, url, target, _, tags, description, capability = answer
         note = check_note(tags, description)
-        through = me().peer(name, url)
+        through = me().introduce(name, url, capability)
         route = route_of(through, *workers[2:])
         # The reference to the pointer over there pins its target until we are listed as a holder ourselves. If we are not, nothing
         # has changed.
         claimed = through.refer(target, claimed=True)
-        through.request([int(Kind.CLAIM), target])
+        through.request([int(Kind.CLAIM), target, capability])
         result = PointerTensor.wrap(route, claimed, pointer._spec, wants_grad)
         route.order()
     else:
@@ -182,11 +183,12 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
         return _shorten(pointer, "move")
     route.order()
     if len(workers) > 1:
-        message = [len(workers) - 1, target.id, target.url, 0, 0, False]
+        message = [len(workers) - 1, target.id, target.url, 0, 0, False, target.peer.give(operation="dial")]
         return _replace(pointer, message, (*workers[:-1], target.id), "move")
     new_id = target.peer.new_id()
     arrived = target.peer.refer(new_id)
     request = [int(Kind.MOVE), reference.id, 0, target.id, target.url, new_id, target.peer.session_id, False]
+    request.append(target.peer.give(object=new_id, operation="move", audience=reference.peer.incarnation.hex()))
     target.peer.flush()
     try:
         reference.peer.request(request)
@@ -230,13 +232,13 @@ def remote_send(pointer: PointerTensor, worker: RemoteWorker | str) -> PointerTe
     target = resolve(worker)
     gate.check_live(pointer)
     workers = pointer._route.workers
-    message = [len(workers) - 1, target.id, target.url, 0, 0, True]
+    message = [len(workers) - 1, target.id, target.url, 0, 0, True, target.peer.give(operation="dial")]
     return _replace(pointer, message, (*workers, target.id), "remote_send")
 
 
 def _shorten(pointer: PointerTensor, how: str) -> PointerTensor:
     workers = pointer._route.workers
-    message = [len(workers) - 1, workers[-2], "", 0, 0, False]
+    message = [len(workers) - 1, workers[-2], "", 0, 0, False, ""]
     return _replace(pointer, message, workers[:-1], how)
 
 

@@ -32,6 +32,7 @@ class Limits:
         name_chars: Characters of a worker name, a tag or a word to search for.
         url_chars: Characters of a URL.
         description_chars: Characters of a description.
+        capability_chars: Characters of a capability.
         tags: Tags of one object, words of one search.
         objects: Objects that a worker keeps for one session.
         bytes: Tensor bytes that a worker keeps for one session, and as many of answers that it has not acknowledged.
@@ -70,6 +71,7 @@ class Limits:
     name_chars: int = 64
     url_chars: int = 1_024
     description_chars: int = 1_024
+    capability_chars: int = 2_048
     tags: int = 16
     objects: int = 100_000
     bytes: int = 4 * 1024 * MEBI

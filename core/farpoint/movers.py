@@ -62,7 +62,7 @@ class Movers:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._states = states.Transfers(int.from_bytes(worker.incarnation, "big"))
-        self._leaving: dict[int, tuple[torch.Tensor, Annotation]] = {}
+        self._leaving: dict[int, tuple[torch.Tensor, Annotation, str]] = {}
         self._staged: dict[int, tuple[states.Stage, list[Any]]] = {}
         self._expected: dict[int, Guest] = {}
         self._awaiting: dict[int, list[Callable[[], None]]] = {}
@@ -70,7 +70,7 @@ class Movers:
 
     def move(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Take a MOVE: begin it if the data is here, or pass it on along the chain."""
-        _, object_id, hops, destination, url, new_id, holder, leave = message
+        _, object_id, hops, destination, url, _, _, leave, capability = message
         worker = self._worker
         value = worker.find(guest, object_id)
         worker.authorize(guest, "move", object_id)
@@ -80,22 +80,23 @@ class Movers:
             raise ProtocolError(f"object {object_id} is not {hops} hops from the data")
         if hops == 0:
             # A worker that is its own destination must have greeted itself, or nobody could hold what arrives.
-            if destination != worker.id or not self._greets(guest, number, message, destination, url):
-                self._depart(guest, number, object_id, value, (destination, url, new_id, holder), leave)
+            if destination != worker.id or not self._greets(guest, number, message):
+                self._depart(guest, number, value, message)
             return
         # The middle of a chain. The last pointer before the data is re-pointed, unless the data end only grows.
         peer = value.reference.peer
         here = hops == 1 and not leave and destination != worker.id
-        if here and self._greets(guest, number, message, destination, url):
+        if here and self._greets(guest, number, message):
             return  # what arrives there before this worker has a session there would have no holder
         guest.pass_on(peer)
-        onward = [int(Kind.MOVE), value.reference.id, hops - 1, destination, url, new_id, holder, leave]
+        onward = [int(Kind.MOVE), value.reference.id, hops - 1, *message[3:]]
         done: Callable[[], None] = lambda: guest.answer(number, True)  # noqa: E731
         arrived = 0
         if hops == 1 and not leave:
             if destination == worker.id:
                 arrived = secrets.randbits(62) + 1
                 onward[4:7] = [worker.url, arrived, LOCAL]
+                onward[8] = worker.doorman.invite(peer)
                 self._expected[arrived] = guest
 
                 def done() -> None:
@@ -108,8 +109,9 @@ class Movers:
                     worker.dirty.add(peer)
                     guest.answer(number, True)
             else:
-                there = worker.introduce(guest, destination, url)
+                there = worker.introduce(destination, url, capability)
                 onward[5:7] = [there.new_id(), there.session_id]
+                onward[8] = there.give(object=onward[5], operation="move", audience=peer.incarnation.hex())
                 reference = there.refer(onward[5])
 
                 def done() -> None:
@@ -133,7 +135,7 @@ class Movers:
         peer.ask(onward, then)
         worker.dirty.add(peer)
 
-    def _greets(self, guest: Guest, number: int, message: list[Any], name: str, url: str) -> bool:
+    def _greets(self, guest: Guest, number: int, message: list[Any]) -> bool:
         """Return whether a session with a worker has yet to begin; then the message is carried out when it has."""
         worker = self._worker
 
@@ -143,26 +145,18 @@ class Movers:
             else:
                 guest.fail(number, describe_failure(error, worker.id, "MOVE", expose=False))
 
-        return worker.introduce(guest, name, url).defer(go_on)
+        return worker.introduce(message[3], message[4], message[8]).defer(go_on)
 
-    def _depart(
-        self,
-        guest: Guest,
-        number: int,
-        object_id: int,
-        value: torch.Tensor,
-        place: tuple[str, str, int, int],
-        leave: bool,
-    ) -> None:
+    def _depart(self, guest: Guest, number: int, value: torch.Tensor, message: list[Any]) -> None:
         worker = self._worker
-        destination, url, new_id, holder = place
+        _, object_id, _, destination, url, new_id, holder, leave, capability = message
         note = worker.store.annotation(object_id)
         if value.nbytes > worker.limits.message_bytes:  # an expanded tensor may be far larger than its memory
             raise LimitError("message_bytes", worker.limits.message_bytes, f"a tensor of {value.nbytes} bytes")
         plain = dense(value)
         if guest.moves >= worker.limits.transfers:
             raise QuotaError(worker.id, "transfers", worker.limits.transfers, f"move {guest.moves + 1} at a time")
-        there = worker.introduce(guest, destination, url)
+        there = worker.introduce(destination, url, capability)
         if leave:
             new_id, holder = there.new_id(), there.session_id
 
@@ -192,7 +186,7 @@ class Movers:
         transfer = secrets.randbits(62) + 1
         guest.moves += 1
         # What travels is a second entry of the object: other holders keep theirs, and a failure changes nothing.
-        self._leaving[transfer] = (plain, note)
+        self._leaving[transfer] = (plain, note, "" if leave else capability)
         self._ends[transfer] = (done, failed)
         self._carry_out(self._states.begin(transfer, transfer, destination, new_id, holder))
 
@@ -203,7 +197,7 @@ class Movers:
         if isinstance(parsed, states.Push):
             parsed = attrs.evolve(parsed, payload=payload)
         # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
-        if self._worker.peer(guest.name, guest.url).defer(
+        if self._worker.introduce(guest.name, guest.url, guest.introduction).defer(
             lambda error: self._worker.execute(guest, number, message) if error is None else None
         ):
             return
@@ -274,8 +268,8 @@ class Movers:
     def _send(self, peer: Peer, message: states.TransferMessage, object_id: int | None) -> None:
         payload: list[Any] | None = None
         if object_id is not None:
-            value, note = self._leaving[object_id]
-            payload = [value, note.requires_grad, sorted(note.tags), note.description]
+            value, note, capability = self._leaving[object_id]
+            payload = [value, note.requires_grad, sorted(note.tags), note.description, capability]
         skipped = ("payload",)
         values = [getattr(message, f.name) for f in attrs.fields(type(message)) if f.name not in skipped]
         # Incarnations have 128 bits, more than an integer of the wire.
@@ -304,6 +298,8 @@ class Movers:
         beside = [weigh(content[0]) for other, content in others if other.holder == effect.holder]
         self._check_place(effect.holder, effect.new_id, weigh(payload[0]) + sum(beside), 1 + len(beside))
         assert source is not None  # only a Push stages, and somebody sent it
+        if source.introduced and effect.holder not in (LOCAL, source.holder):
+            self._worker.doorman.check_move(source, effect.new_id, effect.holder, payload[4])
         self._worker.authorize(source, "put", effect.new_id)
         self._staged[effect.transfer] = (effect, payload)
 

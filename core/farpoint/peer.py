@@ -17,6 +17,7 @@ import torch
 
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
+from farpoint.capability import HOLD_SECONDS, MOVE_SECONDS, narrow
 from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
     FarpointError,
@@ -93,6 +94,7 @@ class Peer:
     Attributes:
         closing: Set when the session is over.
         absence: Why there is no link now, if there is none.
+        capability: What we may do there, to be narrowed for others.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class Peer:
         self.secret = secrets.token_hex(16)
         self.closing = threading.Event()
         self.absence = ""
+        self.capability = ""
+        self._ahead = 0.0
         self.limits = credentials.limits
         self.dropped: deque[int] = deque()
         self.pending: dict[int, Reply] = {}
@@ -190,6 +194,11 @@ class Peer:
                 self.limits = attrs.evolve(self.limits, **{limit: allowed})
         self._room = self.limits.commands_in_flight // 2
         self.incarnation = bytes.fromhex(welcome["incarnation"])
+        capability: Any = welcome.get("capability")
+        clock: Any = welcome.get("clock")
+        if type(capability) is str and capability.isascii() and type(clock) in (int, float):
+            self.capability = capability[: self.limits.capability_chars]
+            self._ahead = float(clock) - time.time()
         self.name = self.channel.name = welcome["worker"]
         self.channel.session.remote = self.incarnation
         serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
@@ -235,6 +244,17 @@ class Peer:
             reply.error = {"lost": True}
             self._settle(reply)
         self.owner.settle()
+
+    def give(self, **caveats: str | int) -> str:
+        """Return a capability for somebody else who is to act there for us, empty if the worker asks for none.
+
+        Args:
+            caveats: What it is good for: see `farpoint.capability`.
+        """
+        if not self.capability:
+            return ""
+        seconds = MOVE_SECONDS if caveats.get("operation") == "move" else HOLD_SECONDS
+        return narrow(self.capability, expiry=int(time.time() + self._ahead) + seconds, **caveats)
 
     def new_id(self) -> int:
         """Return an id for a new object there, and hold a reference to it."""

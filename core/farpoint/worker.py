@@ -7,8 +7,11 @@ import secrets
 import threading
 from typing import Any
 
+import attrs
+
 from farpoint.access import EVERYBODY, Admission, Credentials
 from farpoint.commands import Commands
+from farpoint.doorman import Doorman
 from farpoint.errors import (
     FarpointError,
     GetNotPermittedError,
@@ -83,12 +86,13 @@ class Worker:
         self.lock = threading.RLock()
         self.expose_tracebacks = True
         self.movers = Movers(self)
+        self.doorman = Doorman(self)
         self._sought: set[str] = set()
         self._closed = threading.Event()
         self._commands = Commands(self).table()
         self._inline = bool(url) and plugins.transport(url).inline
         self.url = advertise
-        self._listener = plugins.transport(url).listen(url, self._accept, admission) if url else None
+        self._listener = plugins.transport(url).listen(url, self._accept, self.doorman.admission(admission)) if url else None
         self.listens = self._listener.url if self._listener is not None else ""
         self.url = advertise or self.listens
 
@@ -170,6 +174,8 @@ class Worker:
                 if command is None:
                     raise ProtocolError(f"messages of kind {brief(kind)} are unimplemented here")
                 if kind != _RUN:
+                    if guest.introduced:
+                        self.doorman.check_kind(kind)
                     check_command(kind, message, self.limits)
                 command(guest, number, message)
             except Exception as error:
@@ -247,8 +253,8 @@ class Worker:
         if self.holders.release(holder, object_id):
             self.free([object_id])
 
-    def introduce(self, guest: Guest, name: str, url: str) -> Peer:
-        """Return the session with a worker that a client has named.
+    def introduce(self, name: str, url: str, capability: str = "") -> Peer:
+        """Return the session with a worker that a client has named, and given us a capability to come in with.
 
         Raises:
             LimitError: There are too many already.
@@ -258,7 +264,7 @@ class Worker:
             self.peers = {known: peer for known, peer in self.peers.items() if peer.channel.lost is None}
         if name not in self.peers and len(self.peers) >= self.limits.links:
             raise LimitError("links", self.limits.links, f"a link to {name}, beside {len(self.peers)} others")
-        return self.peer(name, url)
+        return self.peer(name, url, credentials=attrs.evolve(self.credentials, token=capability) if capability else None)
 
     def free(self, object_ids: list[int], guest: Guest | None = None) -> None:
         """Drop objects that nobody holds."""

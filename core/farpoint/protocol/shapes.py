@@ -172,6 +172,7 @@ NAME: Final = Field(
 )
 URL: Final = Field("a URL, or an empty text", lambda v: type(v) is str and v.isascii() and v.isprintable(), "url_chars")
 TAGS: Final = listed(NAME, "tags")
+CAPABILITY: Final = Field("a capability, or an empty text", lambda v: type(v) is str and v.isascii(), "capability_chars")
 DESCRIPTION: Final = text("description_chars")
 SPEC: Final = Field("the metadata of a tensor, [shape, stride, offset, dtype, conj, neg]", is_spec)
 SPECS: Final = listed(SPEC, "results")
@@ -191,7 +192,9 @@ _RUN: Final = {
     "values": listed(_VALUE, "array_items"),
     "results": _NEW_IDS,
 }
-PAYLOAD: Final = Shape("the payload of TRANSFER", tensor=TENSOR, requires_grad=FLAG, tags=TAGS, description=DESCRIPTION)
+PAYLOAD: Final = Shape(
+    "the payload of TRANSFER", tensor=TENSOR, requires_grad=FLAG, tags=TAGS, description=DESCRIPTION, capability=CAPABILITY
+)
 
 
 def _distinct(ids: list[Any]) -> bool:
@@ -213,14 +216,14 @@ COMMANDS: Final[Mapping[int, Shape]] = {
         Kind.PUT: {"id": ID, "tensor": TENSOR, "requires_grad": FLAG, "tags": TAGS, "description": DESCRIPTION},
         Kind.LINK: {
             "id": ID, "worker": NAME, "url": URL, "target": ID, "spec": SPEC,
-            "tags": TAGS, "description": DESCRIPTION,
+            "tags": TAGS, "description": DESCRIPTION, "capability": CAPABILITY,
         },
-        Kind.CLAIM: {"id": ID},
+        Kind.CLAIM: {"id": ID, "capability": CAPABILITY},
         Kind.RELEASE: {"ids": listed(ID, "array_items")},
         Kind.FETCH: {"id": ID},
         Kind.MOVE: {
             "id": ID, "hops": integer(0, 64), "destination": NAME, "url": URL,
-            "new_id": _ID_OR_NONE, "holder": _ID_OR_NONE, "leave": FLAG,
+            "new_id": _ID_OR_NONE, "holder": _ID_OR_NONE, "leave": FLAG, "capability": CAPABILITY,
         },
         Kind.SEARCH: {"words": listed(text("name_chars"), "tags")},
         Kind.TAG: {"id": ID, "tags": optional(TAGS), "description": optional(DESCRIPTION)},
@@ -230,7 +233,7 @@ COMMANDS: Final[Mapping[int, Shape]] = {
         Kind.TRANSFER: {
             "name": text("name_chars"),
             "fields": _LIST,
-            "payload": Field("a list of four items, or nothing", lambda v: v is None or type(v) is list and len(v) == 4),
+            "payload": Field("a list of five items, or nothing", lambda v: v is None or type(v) is list and len(v) == 5),
         },
         Kind.LIST: {"after": _ID_OR_NONE},
         Kind.LOCATE: {"id": ID},
@@ -241,7 +244,7 @@ COMMANDS: Final[Mapping[int, Shape]] = {
 _ABOUT: Final = {"requires_grad": FLAG, "tags": TAGS, "description": DESCRIPTION}
 _FETCHED: Final = {
     "tensor": Shape("ANSWER to FETCH", tensor=TENSOR, **_ABOUT),
-    "pointer": Shape("ANSWER to FETCH", worker=NAME, url=URL, id=ID, **_ABOUT),
+    "pointer": Shape("ANSWER to FETCH", worker=NAME, url=URL, id=ID, **_ABOUT, capability=CAPABILITY),
 }
 
 ANSWERS: Final[Mapping[int, Field]] = {
