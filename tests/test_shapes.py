@@ -45,6 +45,7 @@ def samples() -> dict[int, list[Any]]:
         Kind.DESCRIBE: [Kind.DESCRIBE, [1]],
         Kind.TRANSFER: [Kind.TRANSFER, "Commit", [7], None],
         Kind.LIST: [Kind.LIST, 0],
+        Kind.READ: [Kind.READ, 1, 0, 4],
         Kind.LOCATE: [Kind.LOCATE, 1],
     }
 

@@ -1,5 +1,6 @@
 """Compute on PyTorch tensors that live on other machines, through pointers that are tensors."""
 
+from farpoint.blocking import blocking
 from farpoint.cluster import LocalCluster, local_cluster
 from farpoint.connection import aconnect, connect
 from farpoint.errors import (
@@ -79,6 +80,7 @@ __all__ = [
     "WorkerNotFoundError",
     "WorkerRestartedError",
     "aconnect",
+    "blocking",
     "connect",
     "get",
     "local_cluster",

@@ -7,12 +7,13 @@ and only if that is right, does anybody see the tensor.
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.protocol.shapes import CHUNK, WHOLE, brief
 from farpoint.tensors import DTYPE_NAMES, DTYPES, check_shape, payload
+
+if TYPE_CHECKING:
+    from farpoint.channel import Channel
 
 CHUNK_BYTES = 2**20
 """Bytes of one chunk."""
@@ -96,6 +100,59 @@ class Stream:
         return self._bytes is None
 
 
+class Relayed:
+    """A tensor that goes out as it comes in, from somewhere else.
+
+    Args:
+        channel: Where it goes.
+        message: The message that it belongs to.
+        position: Where in the message it belongs.
+        dtype: Its dtype.
+        shape: Its shape.
+
+    Attributes:
+        total: Its bytes.
+        sent: Bytes that are on their way, or have arrived.
+    """
+
+    def __init__(self, channel: Channel, message: list[Any], position: int, dtype: torch.dtype, shape: list[int]) -> None:
+        self.total = math.prod(shape) * dtype.itemsize
+        self.sent = 0
+        self._channel = channel
+        self._message = message
+        self._position = position
+        self._dtype = dtype
+        self._shape = shape
+        self._checksum = 0
+        with channel.lock:
+            if channel.lost is not None or channel.bulk is None:
+                raise channel.ended()
+            self._number = channel.bulk.new_number()
+
+    def push(self, chunk: torch.Tensor) -> None:
+        """Let the next bytes go."""
+        self._checksum = zlib.crc32(payload(chunk), self._checksum)
+        with self._channel.lock:
+            self._channel.submit([int(Kind.CHUNK), self._number, 0, self.sent, self.total, chunk])
+        self.sent += chunk.numel()
+
+    def finish(self) -> None:
+        """Let the message go, behind the last bytes."""
+        if not self.total:  # nothing came before it
+            self._message[self._position] = torch.zeros(self._shape, dtype=self._dtype)
+        whole = [int(Kind.WHOLE), self._number, DTYPE_NAMES[self._dtype], self._shape, self._checksum, [self._position]]
+        with self._channel.lock:
+            self._channel.submit([*whole, self._message] if self.total else self._message)
+        self._channel.flush()
+
+    def give_up(self) -> None:
+        """Say that no more will come."""
+        with self._channel.lock:
+            if self.sent and self._channel.lost is None:
+                nothing = torch.empty(0, dtype=torch.uint8)
+                self._channel.submit([int(Kind.CHUNK), self._number, 0, self.sent, self.total, nothing])
+
+
 class _Arrival:
     """A tensor that is coming in."""
 
@@ -135,9 +192,13 @@ class Bulk:
         submitted: Callable[[int], None] | None = None,
     ) -> Stream:
         """Let a tensor go, and the message behind it. The arguments are those of `Stream`."""
-        stream = Stream(next(self._numbers), message, path, tensor, about, submitted)
+        stream = Stream(self.new_number(), message, path, tensor, about, submitted)
         self._waiting.append(stream)
         return stream
+
+    def new_number(self) -> int:
+        """Return what the next tensor that goes out is called."""
+        return next(self._numbers)
 
     @property
     def waiting(self) -> bool:

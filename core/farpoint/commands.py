@@ -69,6 +69,7 @@ class Commands:
             int(Kind.TRANSFER): moves.receive,
             int(Kind.LIST): self._list,
             int(Kind.LOCATE): self._locate,
+            int(Kind.READ): self._read,
         }
 
     def _define(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -276,6 +277,25 @@ class Commands:
                 guest.at_once = value.nbytes >= LARGE
                 plain = plain if guest.at_once else plain.clone()
             guest.answer(number, ["tensor", plain, *about])
+
+    def _read(self, guest: Guest, number: int, message: list[Any]) -> None:
+        _, object_id, offset, length = message
+        value = self._worker.find(guest, object_id)
+        self._worker.authorize(guest, "get", object_id)
+        if not isinstance(value, torch.Tensor):
+            raise MalformedMessageError("READ", "id", "that of a tensor", "that of a pointer")
+        total = value.numel() * value.itemsize
+        if offset + length > total:
+            raise MalformedMessageError("READ", "offset and length", f"within {total} bytes", f"{offset} and {length}")
+        if guest.reading is None or guest.reading[0] is not value:
+            plain = dense(value)
+            guest.quota.check(0 if plain.data_ptr() == value.data_ptr() else total, 0)
+            guest.reading = (value, plain.view(-1).view(torch.uint8))
+        piece = guest.reading[1][offset : offset + length].clone()
+        if offset + length == total:
+            guest.reading = None
+        guest.quota.check_answer(guest.channel.session, length)
+        guest.answer(number, piece)
 
     def _search(self, guest: Guest, number: int, message: list[Any]) -> None:
         tags, words = check_query(message[1])

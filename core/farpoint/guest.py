@@ -154,6 +154,7 @@ class Guest:
         moves: How many moves of it are under way.
         bad: How many malformed messages have come.
         doomed: Why its link is about to be closed.
+        reading: What it reads piece by piece, as it is stored and as bytes.
         left: Whether it is gone, and what it held with it.
     """
 
@@ -176,6 +177,7 @@ class Guest:
         self.bad = 0
         self.doomed: ProtocolError | None = None
         self.left = False
+        self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
         self.at_once = False
         self._onward: dict[Peer, deque[int]] = {}
         self._lease: threading.Timer | None = None

@@ -9,12 +9,13 @@ import torch
 from farpoint import gate
 from farpoint.catalogue import note_of, write_note
 from farpoint.channel import BATCH, LARGE
-from farpoint.errors import FarpointError, MalformedMessageError, WorkerLostError
+from farpoint.errors import FarpointError, MalformedMessageError, PointerError, WorkerLostError
 from farpoint.names import check_note
 from farpoint.pointer import PointerTensor, spend
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import brief
 from farpoint.provenance import caller
+from farpoint.relay import relay as pass_on
 from farpoint.remote import RemoteWorker, me, resolve
 from farpoint.route import SPENT, route_of
 from farpoint.spec import spec_of
@@ -161,12 +162,19 @@ def _restride(value: torch.Tensor, spec: Any) -> torch.Tensor:
     return value.new_empty(0).new_empty_strided(spec.shape, spec.stride).copy_(value)
 
 
-def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Tensor:
+def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str, *, relay: bool = False) -> torch.Tensor:
     """Move the data at the end of a chain to a worker, straight from where it is.
 
     The call returns when the worker has it. The pointer is spent, unless the data was there already.
 
+    Args:
+        pointer: What shall move.
+        worker: Where to.
+        relay: Whether the data comes by way of this process, a few chunks at a time, for two workers that do not reach each
+            other. This takes a pointer straight to the data, and the right to `get` it.
+
     Raises:
+        PointerError: `relay` is given, and the pointer is a chain.
         WorkerNotFoundError: Nobody of that name is known.
         FarpointError: It could not be moved; then it is where it was, and the pointer is valid.
     """
@@ -183,10 +191,15 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
         return _shorten(pointer, "move")
     route.order()
     if len(workers) > 1:
+        if relay:
+            raise PointerError("relay=True moves what a pointer points at directly, and this is a chain; p.get() one hop first")
         message = [len(workers) - 1, target.id, target.url, 0, 0, False, target.peer.give(operation="dial")]
         return _replace(pointer, message, (*workers[:-1], target.id), "move")
     new_id = target.peer.new_id()
     arrived = target.peer.refer(new_id)
+    if relay:
+        pass_on(reference, target.peer, new_id, bool(pointer.requires_grad and pointer.is_leaf), note_of(pointer))
+        return _moved(pointer, target, arrived, relay=True)
     request = [int(Kind.MOVE), reference.id, 0, target.id, target.url, new_id, target.peer.session_id, False]
     request.append(target.peer.give(object=new_id, operation="move", audience=reference.peer.incarnation.hex()))
     target.peer.flush()
@@ -196,12 +209,15 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str) -> torch.Te
         # Whether it had left before its worker died, only the destination knows.
         if not _arrived(arrived):
             raise
+    return _moved(pointer, target, arrived, relay=False)
+
+
+def _moved(pointer: PointerTensor, target: RemoteWorker, arrived: Reference, *, relay: bool) -> PointerTensor:
     moved = PointerTensor.wrap(route_of(target.peer), arrived, pointer._spec, pointer.requires_grad and pointer.is_leaf)
     write_note(moved, note_of(pointer))
     grad = _grad_of(pointer)
     if grad is not None:
-        moved.grad = move(grad, target)
-    del reference
+        moved.grad = move(grad, target, relay=relay)
     spend(pointer, "move")
     return moved
 

@@ -22,9 +22,9 @@ def _get(self: Any, keep: bool = False) -> Any:
     return self
 
 
-def _move(self: Any, worker: Any) -> Any:
+def _move(self: Any, worker: Any, **options: Any) -> Any:
     """Send this tensor to a worker: it has no other place to leave. To `me` it need not go."""
-    return handover.move(self, worker)
+    return handover.move(self, worker, **options)
 
 
 def _tag(self: Any, *tags: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
+from farpoint.blocking import is_blocking
 from farpoint.capability import HOLD_SECONDS, MOVE_SECONDS, narrow
 from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
@@ -302,6 +303,22 @@ class Peer:
             due = channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
         if due:
             self.soon()
+        if is_blocking() and origin is not NOWHERE:
+            self.prove()
+
+    def prove(self) -> None:
+        """Wait until everything has taken effect, and raise what went wrong; a thread that must not wait does not.
+
+        Raises:
+            FarpointError: The first error that nobody has seen.
+        """
+        if not self.channel.may_wait():
+            return
+        self.request([SYNC, [], []])
+        for uid, (error, seen) in list(self.owner.failures.items()):
+            if not seen:
+                self.owner.failures[uid] = (error, True)
+                raise copy.copy(error)
 
     def soon(self) -> None:
         """Send what is waiting: at once, or, on a thread that carries out what a link has brought, as soon as it is done.
@@ -359,6 +376,8 @@ class Peer:
             full = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
         if full and origin is not NOWHERE:
             self.soon()
+        if is_blocking() and origin is not NOWHERE:
+            self.prove()
 
     def upload(self, message: list[Any], position: int, tensor: torch.Tensor, origin: Origin = NOWHERE) -> None:
         """Issue a command with a large tensor, and return when it has arrived: until then it must not change.

@@ -141,11 +141,11 @@ class PointerTensor(torch.Tensor):
 
         return get(self, keep=keep)
 
-    def move(self, worker: Any) -> torch.Tensor:
+    def move(self, worker: Any, **options: Any) -> torch.Tensor:
         """Move the data at the end of the chain: see `farpoint.handover.move`."""
         from farpoint.handover import move
 
-        return move(self, worker)
+        return move(self, worker, **options)
 
     def remote_get(self) -> torch.Tensor:
         """Make the chain one hop shorter at its data end."""

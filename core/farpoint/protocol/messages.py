@@ -47,6 +47,8 @@ class Kind(IntEnum):
     LOCATE = 17
     """`id`: CLAIM, answered with the metadata of the data end, the workers on the way there, and what is written on the object."""
 
+    READ = 18
+    """`id, offset, length`: answered with bytes of a tensor, as they would travel."""
     CHUNK = 32
     """`stream, about, offset, total, bytes`: a part of a tensor, in either direction: `farpoint.bulk`."""
     WHOLE = 33

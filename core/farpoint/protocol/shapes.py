@@ -23,6 +23,7 @@ from farpoint.tensors import DTYPES
 MAX_ID: Final = 2**63
 _MAX_SIZE: Final = 2**40
 _MAX_BYTES: Final = 2**62
+_MOST_READ: Final = 2**20
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:#-]+")
 _INCARNATION: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -177,6 +178,7 @@ DESCRIPTION: Final = text("description_chars")
 SPEC: Final = Field("the metadata of a tensor, [shape, stride, offset, dtype, conj, neg]", is_spec)
 SPECS: Final = listed(SPEC, "results")
 TRUE: Final = Field("true", lambda v: v is True)
+_BYTES: Final = Field("a vector of bytes", lambda v: isinstance(v, torch.Tensor) and v.dtype is torch.uint8 and v.ndim == 1)
 _LIST: Final = Field("a list", lambda v: type(v) is list, "array_items")
 _ID_OR_NONE: Final = integer(0, MAX_ID - 1, "an id, or 0")
 _SLOT: Final = Field("an integer, 0 or more", lambda v: type(v) is int and v >= 0)
@@ -237,6 +239,7 @@ COMMANDS: Final[Mapping[int, Shape]] = {
         },
         Kind.LIST: {"after": _ID_OR_NONE},
         Kind.LOCATE: {"id": ID},
+        Kind.READ: {"id": ID, "offset": integer(0, MAX_ID - 1), "length": integer(1, _MOST_READ)},
     }.items()
 }
 """What a worker takes."""
@@ -257,11 +260,11 @@ ANSWERS: Final[Mapping[int, Field]] = {
     Kind.SYNC: TRUE,
     Kind.DESCRIBE: SPECS,
     Kind.LIST: _LIST,
+    Kind.READ: _BYTES,
     Kind.LOCATE: Field("a list of five items", lambda v: type(v) is list and len(v) == 5),
 }
 """What a client takes for an answer; that to FETCH has a shape for each thing that may be there."""
 
-_BYTES: Final = Field("a vector of bytes", lambda v: isinstance(v, torch.Tensor) and v.dtype is torch.uint8 and v.ndim == 1)
 CHUNK: Final = Shape(
     "CHUNK",
     stream=ID,
