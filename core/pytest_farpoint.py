@@ -6,8 +6,9 @@ The options, or the variables, only narrow that down::
     pytest --farpoint-transport virtual --farpoint-serializer msgpack,torch
     FARPOINT_STORE=memory pytest
 
-A test that takes `farpoint_workers` makes workers of that combination. Whoever has workers of another kind, in
-processes of their own for example, overrides this fixture, and the laws of `farpoint.testing.laws` run on them.
+A test that takes `farpoint_workers` makes workers of that combination: in this process if the transport stays within it, else
+each in a process of its own. Whoever has workers of another kind overrides this fixture, and the laws of
+`farpoint.testing.laws` run on them.
 
 A top-level module, because pytest imports it at each start: the package `farpoint` would bring torch along.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -25,6 +26,7 @@ import pytest
 
 if TYPE_CHECKING:
     from farpoint import RemoteWorker
+    from farpoint.testing.pool import Pool
 
 # Their asserts explain themselves like those of a test file.
 pytest.register_assert_rewrite("farpoint.testing")
@@ -82,10 +84,34 @@ def farpoint_combination(request: pytest.FixtureRequest) -> Combination:
     return combination
 
 
+@pytest.fixture(scope="session")
+def _farpoint_pool(farpoint_combination: Combination) -> Iterator[Pool | None]:
+    """Return worker processes of this combination, None if its transport stays within this process."""
+    from farpoint.plugins import plugins
+
+    schemes = {record.name: record.schemes[0] for record in plugins.transports()}
+    if plugins.transport(f"{schemes[farpoint_combination.transport]}://").inline:
+        yield None
+        return
+    from farpoint.cluster import LocalCluster
+    from farpoint.testing.pool import Pool
+
+    with LocalCluster("bob", "alice", "charlie", **attrs.asdict(farpoint_combination)) as cluster:
+        yield Pool(cluster)
+
+
 @pytest.fixture
-def farpoint_workers(farpoint_combination: Combination) -> Callable[[str], RemoteWorker]:
-    """Return a function that makes a worker of this name and returns its handle; whoever calls it closes the worker."""
+def farpoint_workers(farpoint_combination: Combination, _farpoint_pool: Pool | None) -> Iterator[Callable[[str], RemoteWorker]]:
+    """Return a function that makes a worker of this name and returns its handle; whoever calls it closes the worker.
+
+    One in a process of its own is called a little differently, see `farpoint.testing.pool`, and must be empty in the end.
+    """
     from farpoint import VirtualWorker
+
+    if _farpoint_pool is not None:
+        yield _farpoint_pool
+        _farpoint_pool.check()
+        return
 
     def make(name: str) -> RemoteWorker:
         return VirtualWorker(
@@ -95,7 +121,7 @@ def farpoint_workers(farpoint_combination: Combination) -> Callable[[str], Remot
             store=farpoint_combination.store,
         )
 
-    return make
+    yield make
 
 
 @pytest.fixture(scope="session")

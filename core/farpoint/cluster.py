@@ -17,7 +17,7 @@ from typing import Final, Self
 import attrs
 
 from farpoint.connection import connect
-from farpoint.errors import PluginError, WorkerLostError
+from farpoint.errors import InvalidNameError, PluginError, WorkerLostError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.names import check_worker_id
 from farpoint.plugins import plugins
@@ -68,14 +68,13 @@ class LocalCluster(Mapping[str, RemoteWorker]):
         self._limits = limits or DEFAULT_LIMITS
         self._serializer = serializer
         self._handles: dict[str, RemoteWorker] = {}
+        self._transport = transport
         self._owner = os.getpid()
         self._closed = False
-        wanted = {check_worker_id(name): plugins.local_url(transport, name) for name in names}
-        for url in wanted.values():
-            if plugins.transport(url).inline:
-                raise PluginError(
-                    "transport", transport, "its links stay within one process", fix="farpoint.VirtualWorker makes workers in this process"
-                )
+        if plugins.transport(plugins.local_url(transport, "me")).inline:
+            raise PluginError(
+                "transport", transport, "its links stay within one process", fix="farpoint.VirtualWorker makes workers in this process"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="farpoint-")
         secret = Path(self._folder.name, "token")
         secret.touch(0o600)
@@ -88,12 +87,7 @@ class LocalCluster(Mapping[str, RemoteWorker]):
             self._options += ["--serializer", serializer]
         _open[id(self)] = self
         try:
-            for name, url in wanted.items():
-                self._start(name, url)
-            for name in wanted:
-                self._await(name)
-            for name in wanted:
-                self._handles[name] = self._connect(name)
+            self.add(*names)
         except BaseException:
             self.close()
             raise
@@ -109,6 +103,9 @@ class LocalCluster(Mapping[str, RemoteWorker]):
             return self[name]
         raise AttributeError(f"the cluster has no worker {name!r}: it has {', '.join(self.__dict__.get('_handles', ())) or 'none'}")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._handles  # without connecting
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._handles)
 
@@ -123,6 +120,22 @@ class LocalCluster(Mapping[str, RemoteWorker]):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def add(self, *names: str) -> None:
+        """Start more workers, and connect to them.
+
+        Raises:
+            InvalidNameError: A name cannot be a worker's, or there is a worker that has it.
+            WorkerLostError: A process ended before its worker listened.
+        """
+        for name in names:
+            if check_worker_id(name) in self.processes:
+                raise InvalidNameError("worker id", name, "another one: the cluster has a worker that is called so")
+        for name in dict.fromkeys(names):
+            self._start(name, plugins.local_url(self._transport, name))
+        for name in dict.fromkeys(names):
+            self._await(name)
+            self._handles[name] = self._connect(name)
 
     def output(self, name: str) -> str:
         """Return what a worker has written to its standard error: its log, and why it has ended."""

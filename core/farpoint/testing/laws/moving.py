@@ -243,7 +243,7 @@ class TestL7NothingIsLost(Law):
     @pytest.mark.parametrize("call", ["move", "remote_send"])
     def test_a_move_to_somebody_who_is_gone(self, network: Network, chain: str, call: str) -> None:
         p = network.send(numbers(), chain)
-        network.alice.close()
+        network.end(network.alice)
         raised(lambda: do(p, call, "a", network))
         assert len(network.bob) == 1
         assert torch.equal(home(p + 1), numbers() + 1) and torch.equal(home(p), numbers())

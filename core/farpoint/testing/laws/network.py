@@ -57,11 +57,13 @@ class Network:
     which counts what the worker stores when everything that this process issued has taken effect.
 
     Args:
-        make: Returns the handle of a new worker of this name.
+        make: Returns the handle of a new worker of this name. If closing a handle does not end the worker itself, it has a
+            method `end` that does.
     """
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         farpoint.TorchHook(torch)
+        self._end = getattr(make, "end", None)
         # Counting objects collects garbage: what exists already, all of torch and pytest, need not be searched each time.
         gc.freeze()
         number = next(_numbers)
@@ -82,8 +84,15 @@ class Network:
             tensor = tensor.send(worker)
         return tensor
 
+    def end(self, worker: Any) -> None:
+        """End a worker itself, and the session with it."""
+        if self._end is not None:
+            self._end(worker)
+        else:
+            worker.close()
+
     def close(self) -> None:
-        """End the workers."""
+        """End the sessions with the workers, and those of this process altogether."""
         for worker in self.all:
             worker.close()
         gc.unfreeze()
