@@ -21,6 +21,7 @@ from farpoint.errors import (
     ForkedPointerError,
     ProtocolError,
     TransportError,
+    UnreachableError,
     WorkerLostError,
 )
 from farpoint.limits import Limits
@@ -191,6 +192,8 @@ class Channel:
         """Return the error for whoever needs a session that is over. Each gets one of its own: a traceback keeps what it refers to."""
         if isinstance(self.lost, ForkedPointerError):
             return ForkedPointerError(self.lost.pointer)
+        if isinstance(self.lost, UnreachableError):
+            return copy.copy(self.lost)
         if isinstance(self.lost, WorkerLostError):
             return type(self.lost)(self.name, self.lost.cause)
         if isinstance(self.lost, ProtocolError | DecodeError):

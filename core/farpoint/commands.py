@@ -187,9 +187,11 @@ class Commands:
         peer.ask([int(Kind.DESCRIBE), [value.reference.id for value in values]], self._relay(guest, number))
         self._worker.dirty.add(peer)
 
-    def _relay(self, guest: Guest, number: int, instead: Any = None) -> Callable[[Any], None]:
+    def _relay(self, guest: Guest, number: int, instead: Any = None, object_id: int = 0) -> Callable[[Any], None]:
         def pass_back(answer: Any) -> None:
-            if isinstance(answer, Exception):
+            if object_id in self._worker.poisoned:  # meanwhile, by what this is a consequence of
+                guest.fail(number, self._worker.poisoned[object_id])
+            elif isinstance(answer, Exception):
                 guest.fail(number, describe_failure(answer, self._worker.id, "", expose=False))
             else:
                 guest.answer(number, answer if instead is None else instead)
@@ -216,21 +218,21 @@ class Commands:
         guest.pass_on(peer)
         described = spec_from_wire(spec, interned=False)
         pointer = StoredPointer(self._worker.id, object_id, peer.refer(target, claimed=True), described)
-        self._worker.add(guest.holder, object_id, pointer)
-        if tags or description:
-            self._worker.store.annotate(object_id, note)
 
         def linked(answer: Any) -> None:
             with self._worker.lock:
                 if not isinstance(answer, Exception):
                     guest.answer(number, answer)
                     return
-                failure = describe_failure(answer, self._worker.id, "LINK", expose=False)
+                failure = {**describe_failure(answer, self._worker.id, "LINK", expose=False), "orphan": False}
                 if self._worker.store.pop(object_id, None) is not None:
                     self._worker.poisoned[object_id] = failure
                 guest.fail(number, failure)
 
         peer.ask([int(Kind.CLAIM), target, capability], linked)
+        self._worker.add(guest.holder, object_id, pointer)  # if that did not raise: there may be no session any more
+        if tags or description:
+            self._worker.store.annotate(object_id, note)
         self._worker.dirty.add(peer)
 
     def _claim(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -257,10 +259,10 @@ class Commands:
         if isinstance(value, StoredPointer):
             peer = value.reference.peer
             capability = peer.give(object=value.reference.id, operation="hold", audience=guest.incarnation.hex())
-            answer = ["pointer", peer.name, peer.url, value.reference.id, *about, capability]
+            answer = ["pointer", peer.name, peer.advertised, value.reference.id, *about, capability]
             guest.pass_on(peer)
             # A pointer leaves only when its target is known to exist there.
-            peer.ask([int(Kind.SYNC), [], []], self._relay(guest, number, answer), keep=value)
+            peer.ask([int(Kind.SYNC), [], []], self._relay(guest, number, answer, message[1]), keep=value)
             self._worker.dirty.add(peer)
         else:
             if value.nbytes > self._worker.limits.message_bytes:  # an expanded tensor may be far larger than its memory

@@ -29,7 +29,8 @@ what to type next::
     │   ├── MalformedMessageError             a message is not what its kind declares
     │   └── StaleIncarnationError             it speaks to an earlier life of this process
     ├── TransportError (ConnectionError)    a link could not be made, or broke
-    │   └── NobodyListensError                nobody listens where it was to lead
+    │   ├── NobodyListensError                nobody listens where it was to lead
+    │   └── UnreachableError                  a worker does not reach another one
     ├── SynchronizationTimeoutError (TimeoutError)  nothing arrived for too long
     └── PluginError (RuntimeError)          a plugin is missing, broken or clashes with another
 
@@ -453,6 +454,24 @@ class TransportError(FarpointError, ConnectionError):
 
 class NobodyListensError(TransportError):
     """Nobody listens where a link was to lead: the worker is not running, or runs elsewhere."""
+
+
+class UnreachableError(TransportError):
+    """A worker cannot reach another one to which it was handed a pointer, or should move data.
+
+    Attributes:
+        url: The address that was tried.
+        cause: What went wrong.
+        fix: What to do about it.
+        by: Who tried.
+        worker: Who should have been there.
+    """
+
+    def __init__(self, url: str, cause: str, fix: str, by: str, worker: str) -> None:
+        super().__init__(url, cause, fix)
+        self.by = by
+        self.worker = worker
+        self.args = (f"{by} cannot reach {worker} at {url}: {cause}; {fix}.",)
 
 
 class SynchronizationTimeoutError(FarpointError, TimeoutError):

@@ -110,6 +110,7 @@ class Doorstep:
             "worker": worker.id,
             "incarnation": worker.incarnation.hex(),
             "serializer": shared[0],
+            "url": worker.url,
             "limits": worker.limits.advertised(),
             **({} if self._inline else worker.doorman.welcome(guest)),
         }

@@ -52,7 +52,7 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         object_id = peer.new_id()
         capability = through.give(object=reference.id, operation="hold", audience=peer.incarnation.hex())
         peer.ask(
-            [int(Kind.LINK), object_id, through.name, through.url, reference.id, tensor._spec.to_wire(), *about, capability],
+            [int(Kind.LINK), object_id, through.name, through.advertised, reference.id, tensor._spec.to_wire(), *about, capability],
             keep=reference,
         )
         if peer.channel.session.waiting >= BATCH:
@@ -193,14 +193,14 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str, *, relay: b
     if len(workers) > 1:
         if relay:
             raise PointerError("relay=True moves what a pointer points at directly, and this is a chain; p.get() one hop first")
-        message = [len(workers) - 1, target.id, target.url, 0, 0, False, target.peer.give(operation="dial")]
+        message = [len(workers) - 1, target.id, target.peer.advertised, 0, 0, False, target.peer.give(operation="dial")]
         return _replace(pointer, message, (*workers[:-1], target.id), "move")
     new_id = target.peer.new_id()
     arrived = target.peer.refer(new_id)
     if relay:
         pass_on(reference, target.peer, new_id, bool(pointer.requires_grad and pointer.is_leaf), note_of(pointer))
         return _moved(pointer, target, arrived, relay=True)
-    request = [int(Kind.MOVE), reference.id, 0, target.id, target.url, new_id, target.peer.session_id, False]
+    request = [int(Kind.MOVE), reference.id, 0, target.id, target.peer.advertised, new_id, target.peer.session_id, False]
     request.append(target.peer.give(object=new_id, operation="move", audience=reference.peer.incarnation.hex()))
     target.peer.flush()
     try:
@@ -248,7 +248,7 @@ def remote_send(pointer: PointerTensor, worker: RemoteWorker | str) -> PointerTe
     target = resolve(worker)
     gate.check_live(pointer)
     workers = pointer._route.workers
-    message = [len(workers) - 1, target.id, target.url, 0, 0, True, target.peer.give(operation="dial")]
+    message = [len(workers) - 1, target.id, target.peer.advertised, 0, 0, True, target.peer.give(operation="dial")]
     return _replace(pointer, message, (*workers, target.id), "remote_send")
 
 

@@ -15,11 +15,9 @@ from farpoint.errors import (
     FarpointError,
     LimitError,
     MalformedMessageError,
-    NobodyListensError,
     ProtocolError,
     QuotaError,
     TransportError,
-    WorkerRestartedError,
 )
 from farpoint.failures import describe_failure
 from farpoint.limits import DEFAULT_LIMITS
@@ -210,11 +208,12 @@ class Movers:
 
     def peer_lost(self, peer: Peer) -> None:
         """Learn that one is over, and whether the worker has died with it, or may still be there."""
-        dead = isinstance(peer.channel.lost, NobodyListensError | WorkerRestartedError)
         with self._worker.lock:
-            self._carry_out(self._states.peer_dead(peer.name) if dead else self._states.peer_lost(peer.name))
+            gone = [] if peer.established else self._states.give_up(peer.name, str(peer.channel.ended()))
+            self._carry_out(gone)
+            self._carry_out(self._states.peer_dead(peer.name) if peer.dead else self._states.peer_lost(peer.name))
             self._carry_out(self._states.give_up(peer.name, str(peer.channel.ended())))
-            if not dead and peer.name in self._states.open_peers():
+            if not peer.dead and peer.name in self._states.open_peers():
                 self._worker.look_after(peer.name)
 
     def on_the_way(self, new_id: int, holder: int, then: Callable[[], None]) -> bool:

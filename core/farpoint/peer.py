@@ -24,9 +24,12 @@ from farpoint.errors import (
     FarpointError,
     LimitError,
     MalformedMessageError,
+    NobodyListensError,
     ProtocolError,
     SynchronizationTimeoutError,
     TransportError,
+    UnreachableError,
+    WorkerRestartedError,
 )
 from farpoint.failures import read_failure, revive_failure
 from farpoint.plugins import plugins
@@ -94,7 +97,9 @@ class Peer:
 
     Attributes:
         closing: Set when the session is over.
+        dead: Whether that is so because the worker's process has ended.
         absence: Why there is no link now, if there is none.
+        advertised: Where it wants to be dialled by others.
         capability: What we may do there, to be narrowed for others.
     """
 
@@ -104,12 +109,14 @@ class Peer:
         self.owner = owner
         self.name = name
         self.url = url
+        self.advertised = url
         self.credentials = credentials
         self.offered = list(serializers)
         self.session_id = secrets.randbits(62) + 1
         self.secret = secrets.token_hex(16)
         self.closing = threading.Event()
         self.absence = ""
+        self.dead = False
         self.capability = ""
         self._ahead = 0.0
         self.limits = credentials.limits
@@ -195,6 +202,9 @@ class Peer:
                 self.limits = attrs.evolve(self.limits, **{limit: allowed})
         self._room = self.limits.commands_in_flight // 2
         self.incarnation = bytes.fromhex(welcome["incarnation"])
+        url = welcome.get("url")
+        if type(url) is str and 0 < len(url) <= self.limits.url_chars:
+            self.advertised = url
         capability: Any = welcome.get("capability")
         clock: Any = welcome.get("clock")
         if type(capability) is str and capability.isascii() and type(clock) in (int, float):
@@ -231,6 +241,10 @@ class Peer:
     def end(self, cause: Exception | None) -> None:
         """End the session: everybody who waits is told."""
         self.closing.set()
+        self.dead = isinstance(cause, NobodyListensError | WorkerRestartedError)
+        if isinstance(cause, TransportError) and not self._welcomed and self.owner.url:
+            fix = f"let {self.name} advertise an address that {self.owner.id} reaches, or move with relay=True"
+            cause = UnreachableError(self.url, cause.cause, fix, self.owner.id, self.name)
         with self.channel.lock:
             self.channel.lost = self.channel.lost or bare(cause) or ConnectionError("the worker was closed")
             waiting = list(self.pending.values())
