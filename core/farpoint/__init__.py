@@ -3,6 +3,7 @@
 from farpoint.errors import (
     DecodeError,
     EncodeError,
+    ExecutorCrashedError,
     FarpointError,
     ForkedPointerError,
     GetNotPermittedError,
@@ -12,6 +13,7 @@ from farpoint.errors import (
     NotColocatedError,
     ObjectNotFoundError,
     OperationNotAllowedError,
+    OperationTimeoutError,
     PermissionDeniedError,
     PluginError,
     PointerError,
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DecodeError",
     "EncodeError",
+    "ExecutorCrashedError",
     "FarpointError",
     "ForkedPointerError",
     "GetNotPermittedError",
@@ -48,6 +51,7 @@ __all__ = [
     "NotColocatedError",
     "ObjectNotFoundError",
     "OperationNotAllowedError",
+    "OperationTimeoutError",
     "PermissionDeniedError",
     "PluginError",
     "PointerError",

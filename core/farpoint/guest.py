@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from farpoint.channel import Channel
 from farpoint.errors import FarpointError, LimitError, ProtocolError
+from farpoint.executor import IN_PROCESS, Executor
 from farpoint.failures import describe_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
@@ -43,6 +44,7 @@ class Guest:
         bad: How many malformed messages have come.
         doomed: Why its link is about to be closed.
         left: Whether it is gone, and what it held with it.
+        executor: What runs its operations.
     """
 
     quota: Quota
@@ -62,6 +64,8 @@ class Guest:
         self.bad = 0
         self.doomed: ProtocolError | None = None
         self.left = False
+        isolation = worker.isolation
+        self.executor: Executor = isolation.executor(self) if isolation is not None else IN_PROCESS
         self._onward: dict[Peer, deque[int]] = {}
         self.at_once = False
         self._link = link

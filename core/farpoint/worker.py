@@ -19,6 +19,7 @@ from farpoint.errors import (
 )
 from farpoint.failures import describe_failure
 from farpoint.guest import Guest
+from farpoint.isolation import isolation_of
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.movers import Movers
 from farpoint.peer import Peer
@@ -41,13 +42,21 @@ class Worker:
         serializers: Names of serializers that it offers when it dials, best first.
         store: Name of the kind of its object store.
         limits: What it puts up with.
+        isolate: Whether the operations of each session run in a process of its own, with a memory limit and a deadline.
 
     Raises:
         ValueError: The name is none that travels.
     """
 
     def __init__(
-        self, name: str, url: str, serializers: list[str], store: str = "memory", limits: Limits = DEFAULT_LIMITS
+        self,
+        name: str,
+        url: str,
+        serializers: list[str],
+        store: str = "memory",
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        isolate: bool = False,
     ) -> None:
         if not NAME.holds(name) or len(name) > limits.name_chars:
             raise ValueError(f"{name!r} cannot be a worker's name: that is {NAME.wants}, at most {limits.name_chars}")
@@ -66,6 +75,7 @@ class Worker:
         self.lock = threading.RLock()
         self.expose_tracebacks = True
         self.movers = Movers(self)
+        self.isolation = isolation_of(self) if isolate else None
         self._listener = plugins.transport(url).listen(url, self._accept) if url else None
         self.url = self._listener.url if self._listener is not None else ""
         self._commands = Commands(self).table()
@@ -111,6 +121,7 @@ class Worker:
                 guest.left = True
                 del self.guests[guest.holder]
                 self.free(self.holders.leave(guest.holder))
+        guest.executor.close()
         self.settle()
 
     def execute(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -127,6 +138,8 @@ class Worker:
                     check_command(kind, message, self.limits)
                 command(guest, number, message)
             except Exception as error:
+                if guest.left:
+                    return  # while an executor of its own was at work
                 malformed = isinstance(error, MalformedMessageError)
                 self._poison(guest, number, self._describe_error(error, message, guest), _results(message, malformed=malformed))
                 if malformed:
@@ -152,6 +165,8 @@ class Worker:
         """Stop: no client is served any more."""
         if self._listener is not None:
             self._listener.close()
+        if self.isolation is not None:
+            self.isolation.close()  # first: a link may wait for what its executor is doing
         for guest in list(self.guests.values()):
             guest.close()
         for peer in list(self.peers.values()):
