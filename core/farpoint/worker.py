@@ -79,6 +79,8 @@ class Worker:
         self._listener = plugins.transport(url).listen(url, self._accept) if url else None
         self.url = self._listener.url if self._listener is not None else ""
         self._commands = Commands(self).table()
+        if self.isolation is not None:
+            self.isolation.start()
 
     def peer(self, name: str, url: str = "", serializers: list[str] | None = None) -> Peer:
         """Return the session with another worker, made when it is first needed.

@@ -244,7 +244,7 @@ class IsolatedExecutor:
 
     def _read_failure(self, template: Template, content: dict[str, Any]) -> dict[str, Any]:
         """Return what went wrong as a failure of this worker: of the executor's words only class, text and traceback count."""
-        failure = read_failure(content, self._worker.id)
+        failure = read_failure({**content, "uid": secrets.randbits(62) + 1}, self._worker.id)
         evidence = failure["evidence"]
         if failure["kind"] not in _RAISED or evidence is None:
             raise DecodeError("it failed in a way that no operation fails in")
@@ -252,7 +252,7 @@ class IsolatedExecutor:
         if failure["kind"] == "RemoteExecutionError":
             shown = evidence["remote_traceback"] if worker.expose_tracebacks else ""
             evidence = {**evidence, "worker": worker.id, "operation": name, "line": "", "remote_traceback": shown}
-        fixed = {"uid": secrets.randbits(62) + 1, "worker": worker.id, "operation": name, "orphan": False}
+        fixed = {"worker": worker.id, "operation": name, "orphan": False}
         return {**failure, **fixed, "evidence": evidence}
 
 
@@ -267,7 +267,11 @@ class Isolation:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._closed = False
+        self._open = False
+
+    def start(self) -> None:
+        """Let the process start that executors are forked from, so that the first operation finds it ready."""
+        self._open = True
         zygote.enter()
 
     def executor(self, guest: Guest) -> IsolatedExecutor:
@@ -276,8 +280,8 @@ class Isolation:
 
     def close(self) -> None:
         """End every executor. The second call does nothing."""
-        if not self._closed:
-            self._closed = True
+        if self._open:
+            self._open = False
             for guest in list(self._worker.guests.values()):
                 guest.executor.close()
             zygote.leave()

@@ -90,9 +90,9 @@ def keep_file(storage: torch.UntypedStorage, descriptor: int) -> None:
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that nobody else has, in a memory file if it is not small and there is room."""
+    """Return a new object, which has no views yet, in a memory file if it is not small and there is room."""
     storage = tensor.untyped_storage()
-    if storage.nbytes() <= SMALL or file_of(storage) is not None or not room():
+    if storage.nbytes() <= SMALL or not room():
         return tensor
     descriptor = write_file(content(storage))
     try:

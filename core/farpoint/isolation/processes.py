@@ -19,6 +19,7 @@ from farpoint.isolation.pipe import REPLY, REQUEST, Pipe
 
 _START_SECONDS: Final = 120.0
 """Time for the zygote to import torch, on a machine that has other things to do."""
+_STOP_SECONDS: Final = 5.0
 
 
 class Process:
@@ -58,6 +59,7 @@ class Zygote:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
+        self._ready = False
         self._serials = itertools.count(1)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -124,6 +126,7 @@ class Zygote:
         reply = self._control.recv(REPLY.size)
         if len(reply) != REPLY.size:
             raise OSError("the zygote has died")
+        self._ready = True
         return int(REPLY.unpack(reply)[0])
 
     def _start(self) -> None:
@@ -146,11 +149,12 @@ class Zygote:
             self._control.close()
         if self._process is not None:
             try:
-                self._process.wait(5)
+                self._process.wait(_STOP_SECONDS if self._ready else 0)
             except subprocess.TimeoutExpired:
-                self._process.kill()  # its executors die with it
+                self._process.kill()  # its executors, if it has any, die with it
                 self._process.wait()
         self._process = self._control = None
+        self._ready = False
 
 
 zygote: Final = Zygote()
