@@ -208,7 +208,7 @@ class IsolatedExecutor:
 
         for size in fresh:
             if size is not None:
-                storages.append(private(take(size)))
+                storages.append(private(bytearray(take(size))))
             elif queue:
                 storages.append(self._adopt(queue, descriptors))
             else:

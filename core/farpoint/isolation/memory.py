@@ -42,9 +42,8 @@ def content(storage: torch.UntypedStorage) -> memoryview:
     return payload(torch.empty(0, dtype=torch.uint8).set_(storage))
 
 
-def private(data: bytes | memoryview) -> torch.UntypedStorage:
-    """Return a storage of its own memory that holds these bytes."""
-    own = bytearray(data)
+def private(own: bytearray) -> torch.UntypedStorage:
+    """Return a storage that is this memory."""
     return torch.frombuffer(own, dtype=torch.uint8).untyped_storage() if own else new_storage(0)
 
 
@@ -143,7 +142,8 @@ def build(wire: Any, storages: Sequence[torch.UntypedStorage]) -> torch.Tensor:
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * DTYPES[dtype].itemsize > storage.nbytes():
         raise DecodeError("a tensor ends beyond its storage")
-    # By way of an empty one that was made without a warning: making a complex32 tensor warns.
-    tensor = from_payload(dtype, (0,), b"", _WITHIN).set_(storage, offset, shape, strides)
+    # Making a complex32 tensor warns, but for this way.
+    empty = from_payload(dtype, (0,), b"", _WITHIN) if dtype == "complex32" else torch.empty(0, dtype=DTYPES[dtype])
+    tensor = empty.set_(storage, offset, shape, strides)
     tensor = tensor.conj() if conj else tensor
     return torch._neg_view(tensor) if neg else tensor

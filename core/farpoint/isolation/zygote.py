@@ -154,21 +154,23 @@ def _carry_out(
     wire, values, sizes = header
     template = _template(wire)
     storages: list[torch.UntypedStorage] = []
-    before: dict[int, bytes] = {}
+    lent: dict[int, tuple[bytearray, memoryview]] = {}
     queue = iter(descriptors)
     begin = 0
     for index, size in enumerate(sizes):
         if size is None:
             storages.append(map_file(next(queue)))
             continue
-        before[index] = bytes(data[begin : begin + size])
-        storages.append(private(before[index]))
+        was = data[begin : begin + size]
+        own = bytearray(was)
+        storages.append(private(own))
+        lent[index] = (own, was)
         begin += size
     for hole in template.tensors:
         values[hole] = build(values[hole], storages)
     operands = [(hole, values[hole]) for hole in template.tensors]
     known = {storage._cdata: index for index, storage in enumerate(storages)}
-    geometry = [describe(tensor, known[tensor.untyped_storage()._cdata]) for _, tensor in operands]
+    geometry = [_geometry(tensor) for _, tensor in operands]
     returned = leaves(execute(template, values))
     fresh: list[int | None] = []
     blobs: list[Any] = []
@@ -190,14 +192,17 @@ def _carry_out(
                 files.append(write_file(content(storage)))
         results.append(described)
     # By comparison, not by the schema: native_batch_norm does not say that it writes to its running statistics.
-    changed = [index for index, was in before.items() if was != bytes(content(storages[index]))]
-    blobs += [content(storages[index]) for index in changed]
+    changed = [index for index, (own, was) in lent.items() if own != bytes(was)]
+    blobs += [lent[index][0] for index in changed]
     moved = []
-    for (hole, tensor), was in zip(operands, geometry, strict=True):
-        now = describe(tensor, was[0])
-        if now != was:
-            moved.append([hole, now])
+    for (hole, tensor), before in zip(operands, geometry, strict=True):
+        if _geometry(tensor) != before:
+            moved.append([hole, describe(tensor, known[tensor.untyped_storage()._cdata])])
     return ["done", fresh, results, changed, moved], files, blobs
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _template(wire: list[Any]) -> Template:
