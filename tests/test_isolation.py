@@ -26,7 +26,13 @@ import torch
 
 import farpoint
 from farpoint import RemoteWorker
-from farpoint.errors import ExecutorCrashedError, OperationTimeoutError, QuotaError, RemoteExecutionError
+from farpoint.errors import (
+    DecodeError,
+    ExecutorCrashedError,
+    OperationTimeoutError,
+    QuotaError,
+    RemoteExecutionError,
+)
 from farpoint.isolation import memory
 from farpoint.isolation.executor import IsolatedExecutor
 from farpoint.isolation.memory import SMALL, write_file
@@ -366,14 +372,17 @@ class TestCrashes:
         assert (caught.value.limit, caught.value.allowed) == ("executor_bytes", 2**26) and "aten::add.Tensor" in caught.value.found
         big = tensor(torch.ones(2**24)).send(bob)
         assert big.sum().get() == 2**24, "operands do not count"
+        assert (big[: 2**23] + 1).sum().get() == 2**24, "32 of 64 MiB"
         assert torch.equal((p + p).get(), A + A)
 
     def test_results_are_charged(self, make: Callable[..., Place]) -> None:
         bob = make(bytes=2**20)
         p = A.send(bob)
+        kept = [p.sum().expand(100_000) + 1 for _ in range(2)]
         with pytest.raises(QuotaError) as caught:
-            (p.sum().expand(2**19) + 1).get()
-        assert caught.value.limit == "bytes"
+            (kept[0] + kept[1]).get()
+        assert caught.value.limit == "bytes" and "800" in caught.value.found
+        kept.clear()
         assert torch.equal((p + p).get(), A + A)
 
     def test_the_zygote_dies(self, bob: Place) -> None:
@@ -685,6 +694,13 @@ class TestExecutorsThatLie:
         self.pose(monkeypatch, _say(*GOOD))
         client.say([int(Kind.RUN), 0, [1, 2], [3]])
         assert client.ask([int(Kind.FETCH), 3])[1].tolist() == [1.0, 1.0]
+
+    @pytest.mark.parametrize("lie", [lie for lie, (answer, data) in _LIES.items() if data == b"x" * 8 and answer[2:3] != [[]]])
+    def test_torch_does_not_see_a_tensor_that_is_none(self, lie: str) -> None:
+        growing = [torch.zeros(8, dtype=torch.uint8).untyped_storage() for _ in range(3)]
+        with pytest.raises(DecodeError):
+            memory.build(_LIES[lie][0][2][0], growing)
+        assert torch.equal(memory.build(GOOD[0][2][0], growing), torch.zeros(2))
 
     def test_a_good_file(self, bob: Place, client: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pose(monkeypatch, _files(_honest_file))

@@ -155,11 +155,9 @@ class IsolatedExecutor:
 
     def _start(self, template: Template) -> Process:
         with self._lock:
-            process, closed = self._process, self._closed
+            process = self._process
         if process is not None:
             return process
-        if closed:
-            self._crashed(template, "the worker was closed")
         try:
             process = zygote.fork(self._worker.limits.executor_bytes)
         except OSError as error:
