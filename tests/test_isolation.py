@@ -531,6 +531,7 @@ _LIES: dict[str, tuple[Any, bytes]] = {
     "a stride beyond the storage": (_answer(strides=[2]), b"x" * 8),
     "an offset beyond the storage": (_answer(offset=1), b"x" * 8),
     "a huge offset": (_answer(offset=2**62 - 1), b"x" * 8),
+    "a huge offset of nothing": (_answer(shape=[0], offset=2**62), b"x" * 8),
     "an offset beyond 64 bits": (_answer(offset=2**64), b"x" * 8),
     "a negative size": (_answer(shape=[-1]), b"x" * 8),
     "a negative stride": (_answer(strides=[-1], offset=1), b"x" * 8),
@@ -625,6 +626,8 @@ def _read_only_file() -> int:
     return descriptor
 
 
+_good_text = json.dumps(GOOD[0]).encode()
+
 DEEDS: dict[str, Deed] = {
     **{name: _say(*lie) for name, lie in _LIES.items()},
     "silence, and the end": lambda link: None,
@@ -634,7 +637,7 @@ DEEDS: dict[str, Deed] = {
     "a huge number": _packets(_lengths(50_000, 0, 0) + b"1" * 50_000),
     "a header beyond its message": _packets(_lengths(2**40, 0, 0)),
     "a message that overflows": _packets(_lengths(2**63, 2**63, 0) + b"[]"),
-    "more than it says": _packets(_lengths(2, 0, 0) + b"[]" + b"x" * 100),
+    "more than it says": _packets(_lengths(len(_good_text), 8, 0) + _good_text + GOOD[1] + b"x"),
     "less than it says, and the end": _packets(_lengths(2, 10**6, 0) + b"[]"),
     "descriptors that do not come": _packets(_lengths(2, 0, 7) + b"[]"),
     "a packet that is too long": _packets(_lengths(90_000, 0, 0) + b"1" * 90_000),
@@ -657,7 +660,7 @@ def _one_of(descriptors: tuple[int, int]) -> int:
 def _many_files(link: socket.socket) -> None:
     descriptor = os.open("/dev/null", os.O_RDONLY)
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor] * 100))
-    link.sendmsg([_lengths(2, 0, 0) + b"[]"], [rights])
+    link.sendmsg([_lengths(len(_good_text), 8, 0) + _good_text + GOOD[1]], [rights])
     os.close(descriptor)
 
 

@@ -148,7 +148,7 @@ class IsolatedExecutor:
                 raise OperationTimeoutError(self._worker.id, template.operation.name, limits.operation_seconds) from error
             if isinstance(error, EOFError | OSError):
                 self._crashed(template, how)
-            if isinstance(error, ValueError | RuntimeError | RecursionError):
+            if isinstance(error, Exception):
                 reason = error.reason if isinstance(error, DecodeError) else str(error)
                 self._crashed(template, f"it answered what no executor answers: {reason[:200]}")
             raise

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import resource
-import select
 import signal
 import socket
 import sys
@@ -45,18 +44,13 @@ def main(descriptor: int) -> None:
         descriptor: The control socket.
     """
     control = socket.socket(fileno=descriptor)
-    # The end of the control socket would do, if no process were forked from the worker and kept its other end open.
-    worker = os.pidfd_open(os.getppid())
-    waiting = select.poll()
-    waiting.register(control, select.POLLIN)
-    waiting.register(worker, select.POLLIN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     warnings.simplefilter("ignore")
     lookup("aten::add.Tensor")  # reads the table
     gc.freeze()
     children: dict[int, int] = {}
-    while not any(ready == worker for ready, _ in waiting.poll()):
+    while True:
         request, descriptors, _, _ = socket.recv_fds(control, REQUEST.size, 1)
         if not request:
             break
