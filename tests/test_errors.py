@@ -43,6 +43,8 @@ SAMPLES: list[FarpointError] = [
     errors.CapabilityError("bob", "it has expired"),
     errors.WorkerRestartedError("bob", "it has another life"),
     errors.RemoteExecutionError("bob", "aten::inverse", "LinAlgError", "singular", "train.py:7", "Traceback ..."),
+    errors.ExecutorCrashedError("bob", "aten::mm.default", "it was ended by SIGSEGV"),
+    errors.OperationTimeoutError("bob", "aten::mm.default", 60.0),
     errors.PermissionDeniedError("bob", "clear", "no"),
     errors.OperationNotAllowedError("bob", "aten::from_file", "it is not in the table"),
     errors.GetNotPermittedError("bob", "get", "values stay"),

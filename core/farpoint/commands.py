@@ -17,7 +17,7 @@ from farpoint.errors import (
     ObjectNotFoundError,
     ProtocolError,
 )
-from farpoint.executor import execute, leaves
+from farpoint.executor import leaves
 from farpoint.failures import describe_failure
 from farpoint.listing import list_store
 from farpoint.names import check_description, check_note, check_query, check_tags, words_of
@@ -126,7 +126,10 @@ class Commands:
             self._pass_on(guest, number, template, values, results)
             return
         # Stored tensors require no grad: the tape is the client's.
-        returned = execute(template, values)
+        returned = guest.executor.execute(template, values)
+        if self._worker.isolation is not None:
+            for result in filter(None, results):  # others have been served meanwhile
+                self._worker.check_new(result)
         if type(returned) is torch.Tensor and len(results) == 1 and results[0]:
             guest.quota.check(weigh(returned))
             self._worker.add(guest.holder, results[0], returned)
@@ -204,6 +207,8 @@ class Commands:
         note = check_note(tags, description, requires_grad)
         self._worker.authorize(guest, "put", object_id)
         guest.quota.check(weigh(tensor))
+        if self._worker.isolation is not None:
+            tensor = self._worker.isolation.share(tensor)
         self._worker.add(guest.holder, object_id, tensor)
         if requires_grad or tags or description:
             self._worker.store.annotate(object_id, note)

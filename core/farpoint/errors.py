@@ -15,6 +15,8 @@ what to type next::
     ├── WorkerLostError (ConnectionError)   the worker, or the way to it, is gone
     │   └── WorkerRestartedError              it is back, and has forgotten
     ├── RemoteExecutionError (RuntimeError) an operation failed on its worker
+    ├── ExecutorCrashedError (RuntimeError) it ended the process that ran it
+    ├── OperationTimeoutError (TimeoutError)  it took longer than its worker allows
     ├── PermissionDeniedError (PermissionError)
     │   ├── OperationNotAllowedError          the operation is outside the worker's table
     │   └── GetNotPermittedError              the worker's policy keeps the value
@@ -252,6 +254,45 @@ class RemoteExecutionError(FarpointError, RuntimeError):
             f"{issued}{operation} failed on {worker}: {error}: {text}\n"
             "Its results, and whatever was computed from them, carry this error: "
             f"correct that call, and compute them again.{behind}"
+        )
+
+
+class ExecutorCrashedError(FarpointError, RuntimeError):
+    """An operation ended the process that a worker had run it in. Objects are still there, and the next operation gets a new process.
+
+    Attributes:
+        worker: Who ran it.
+        operation: The operator, like `aten::mm.default`.
+        cause: How the process ended.
+    """
+
+    def __init__(self, worker: str, operation: str, cause: str) -> None:
+        self.worker = worker
+        self.operation = operation
+        self.cause = cause
+        super().__init__(
+            f"{operation} was not finished: the process that {worker} runs your operations in is gone: {cause}. Your objects are "
+            "still there, but what it should have written in place may be half written. Try again; "
+            "if it happens again, get() the operands and compute here, and report it."
+        )
+
+
+class OperationTimeoutError(FarpointError, TimeoutError):
+    """An operation took longer than its worker allows, and was ended. Objects are still there.
+
+    Attributes:
+        worker: Who ran it.
+        operation: The operator, like `aten::mm.default`.
+        seconds: How long it was given.
+    """
+
+    def __init__(self, worker: str, operation: str, seconds: float) -> None:
+        self.worker = worker
+        self.operation = operation
+        self.seconds = seconds
+        super().__init__(
+            f"{operation} was ended on {worker} after {seconds:g} s. Your objects are still there, but what it should have written "
+            f"in place may be half written. Compute in smaller steps, or let whoever runs {worker} raise Limits(operation_seconds=...)"
         )
 
 

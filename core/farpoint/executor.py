@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from farpoint.operations import UNINITIALISED, check_operands, check_scalar
 from farpoint.template import Template
@@ -32,6 +32,28 @@ def execute(template: Template, values: list[Any]) -> Any:
     if operation.name in UNINITIALISED:
         result.untyped_storage().fill_(0)
     return result
+
+
+class Executor(Protocol):
+    """What runs the operations of one session."""
+
+    def execute(self, template: Template, values: list[Any]) -> Any:
+        """Return what an operation returns. See the function `execute`."""
+
+    def close(self) -> None:
+        """Run no more."""
+
+
+class InProcess:
+    """Runs them here, on the thread that asks."""
+
+    execute = staticmethod(execute)
+
+    def close(self) -> None:
+        pass
+
+
+IN_PROCESS = InProcess()
 
 
 def leaves(result: Any) -> list[Any]:

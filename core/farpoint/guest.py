@@ -20,6 +20,7 @@ from farpoint.errors import (
     TransportError,
     WorkerLostError,
 )
+from farpoint.executor import IN_PROCESS, Executor
 from farpoint.failures import describe_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
@@ -157,6 +158,7 @@ class Guest:
         doomed: Why its link is about to be closed.
         reading: What it reads piece by piece, as it is stored and as bytes.
         left: Whether it is gone, and what it held with it.
+        executor: What runs its operations.
     """
 
     def __init__(self, worker: Worker, hello: dict[str, Any], *, introduced: bool) -> None:
@@ -179,6 +181,8 @@ class Guest:
         self.doomed: ProtocolError | None = None
         self.left = False
         self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
+        isolation = worker.isolation
+        self.executor: Executor = isolation.executor(self) if isolation is not None else IN_PROCESS
         self.at_once = False
         self._onward: dict[Peer, deque[int]] = {}
         self._lease: threading.Timer | None = None

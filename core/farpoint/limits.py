@@ -36,6 +36,8 @@ class Limits:
         tags: Tags of one object, words of one search.
         objects: Objects that a worker keeps for one session.
         bytes: Tensor bytes that a worker keeps for one session, and as many of answers that it has not acknowledged.
+        operation_seconds: Time of one operation, on a worker that isolates its sessions.
+        executor_bytes: Memory that the process of such a session may take, beside the objects.
         transfers: Moves that a session may have under way.
         links: Links of one worker to its clients, and as many to other workers.
         bad_requests: Malformed messages on one link before it is closed.
@@ -75,6 +77,8 @@ class Limits:
     tags: int = 16
     objects: int = 100_000
     bytes: int = 4 * 1024 * MEBI
+    operation_seconds: float = 60.0
+    executor_bytes: int = 4 * 1024 * MEBI
     transfers: int = 64
     links: int = 256
     bad_requests: int = 10

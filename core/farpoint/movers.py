@@ -246,7 +246,8 @@ class Movers:
                 case states.Activate(transfer=transfer, new_id=new_id, holder=holder):
                     _, staged = self._staged.pop(transfer, (None, None))
                     if staged is not None and self._awaited(holder, new_id):
-                        worker.add(holder, new_id, staged[0])
+                        arrived = staged[0] if worker.isolation is None else worker.isolation.share(staged[0])
+                        worker.add(holder, new_id, arrived)
                         worker.store.annotate(new_id, Annotation(frozenset(staged[2]), staged[3], staged[1]))
                     self._decided(transfer)
                 case states.Discard(transfer=transfer):

@@ -24,6 +24,7 @@ from farpoint.errors import (
 )
 from farpoint.failures import describe_failure
 from farpoint.guest import Doorstep, Guest
+from farpoint.isolation import isolation_of
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.movers import Movers
 from farpoint.peer import Peer
@@ -50,6 +51,7 @@ class Worker:
         admission: Whom it lets in.
         credentials: What it shows where it dials itself.
         advertise: Where others shall dial, if that is not where it listens.
+        isolate: Whether the operations of each session run in a process of its own, with a memory limit and a deadline.
 
     Raises:
         ValueError: The name is none that travels.
@@ -66,6 +68,7 @@ class Worker:
         admission: Admission = EVERYBODY,
         credentials: Credentials | None = None,
         advertise: str = "",
+        isolate: bool = False,
     ) -> None:
         if not NAME.holds(name) or len(name) > limits.name_chars:
             raise ValueError(f"{name!r} cannot be a worker's name: that is {NAME.wants}, at most {limits.name_chars}")
@@ -89,12 +92,15 @@ class Worker:
         self.doorman = Doorman(self)
         self._sought: set[str] = set()
         self._closed = threading.Event()
+        self.isolation = isolation_of(self) if isolate else None
         self._commands = Commands(self).table()
         self._inline = bool(url) and plugins.transport(url).inline
         self.url = advertise
         self._listener = plugins.transport(url).listen(url, self._accept, self.doorman.admission(admission)) if url else None
         self.listens = self._listener.url if self._listener is not None else ""
         self.url = advertise or self.listens
+        if self.isolation is not None:
+            self.isolation.start()
 
     def peer(
         self, name: str, url: str = "", serializers: list[str] | None = None, credentials: Credentials | None = None
@@ -161,6 +167,7 @@ class Worker:
                 del self.guests[guest.holder]
                 self.free(self.holders.leave(guest.holder))
                 self.logger.info("%s: the session with %s is over", self.id, guest.name)
+        guest.executor.close()
         self.settle()
 
     def execute(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -179,6 +186,8 @@ class Worker:
                     check_command(kind, message, self.limits)
                 command(guest, number, message)
             except Exception as error:
+                if guest.left:
+                    return  # while an executor of its own was at work
                 malformed = isinstance(error, MalformedMessageError)
                 self._poison(guest, number, self._describe_error(error, message, guest), _results(message, malformed=malformed))
                 if malformed:
@@ -211,6 +220,8 @@ class Worker:
         self._closed.set()
         if self._listener is not None:
             self._listener.close()
+        if self.isolation is not None:
+            self.isolation.close()  # first: a link may wait for what its executor is doing
         for guest in list(self.guests.values()):
             guest.close()
         for peer in list(self.peers.values()):
