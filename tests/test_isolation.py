@@ -436,7 +436,7 @@ class TestDeadlines:
         other = stocked(RawClient(bob.worker.url), 101, 102)
         other.say([int(Kind.RUN), 0, [101, 102], [103]])
         assert other.ask([int(Kind.FETCH), 103])[1].tolist() == [2.0, 2.0]
-        assert other.ask([int(Kind.SYNC), []]) is True
+        assert other.ask([int(Kind.SYNC), [], []]) is True
         p = A.send(bob)
         assert torch.equal((p + p).get(), A + A)
         assert busy(process) and not sent

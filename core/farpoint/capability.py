@@ -17,7 +17,7 @@ import hmac
 
 from farpoint.errors import CapabilityError
 
-CAVEATS = ("audience", "expiry", "object", "operation", "session")
+CAVEATS = ("audience", "expiry", "nonce", "object", "operation", "session")
 """What a caveat may be about. One of any other kind refuses: who appended it meant to forbid something."""
 
 PREFIX = "fp1."

@@ -269,7 +269,9 @@ class Peer:
         if not self.capability:
             return ""
         seconds = MOVE_SECONDS if caveats.get("operation") == "move" else HOLD_SECONDS
-        return narrow(self.capability, expiry=int(time.time() + self._ahead) + seconds, **caveats)
+        # The nonce tells two capabilities for the same apart, for each can be used once.
+        expiry = int(time.time() + self._ahead) + seconds
+        return narrow(self.capability, expiry=expiry, nonce=secrets.token_hex(8), **caveats)
 
     def new_id(self) -> int:
         """Return an id for a new object there, and hold a reference to it."""
