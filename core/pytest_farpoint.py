@@ -90,7 +90,7 @@ def _farpoint_pool(farpoint_combination: Combination) -> Iterator[Pool | None]:
     from farpoint.plugins import plugins
 
     schemes = {record.name: record.schemes[0] for record in plugins.transports()}
-    if plugins.transport(f"{schemes[farpoint_combination.transport]}://").inline:
+    if plugins.transport(f"{schemes[farpoint_combination.transport]}://").within_process:
         yield None
         return
     from farpoint.cluster import LocalCluster

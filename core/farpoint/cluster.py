@@ -71,7 +71,7 @@ class LocalCluster(Mapping[str, RemoteWorker]):
         self._transport = transport
         self._owner = os.getpid()
         self._closed = False
-        if plugins.transport(plugins.local_url(transport, "me")).inline:
+        if plugins.transport(plugins.local_url(transport, "me")).within_process:
             raise PluginError(
                 "transport", transport, "its links stay within one process", fix="farpoint.VirtualWorker makes workers in this process"
             )
