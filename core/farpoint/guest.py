@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from farpoint.about import VERSIONS
 from farpoint.channel import Channel, Lane
 from farpoint.errors import FarpointError, LimitError, ProtocolError, TransportError, WorkerLostError
 from farpoint.failures import describe_failure
@@ -98,6 +99,7 @@ class Doorstep:
             "incarnation": worker.incarnation.hex(),
             "serializer": shared[0],
             "limits": worker.limits.advertised(),
+            **VERSIONS,
         }
 
     def _take_back(self, hello: dict[str, Any]) -> dict[str, Any]:

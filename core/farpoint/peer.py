@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from farpoint.about import read_versions
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
 from farpoint.channel import BATCH, Channel, Lane, bare
@@ -89,6 +90,7 @@ class Peer:
     Attributes:
         closing: Set when the session is over.
         absence: Why there is no link now, if there is none.
+        versions: Of `farpoint` and `torch` there, as far as the worker has told them.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Peer:
         self.secret = secrets.token_hex(16)
         self.closing = threading.Event()
         self.absence = ""
+        self.versions: dict[str, str] = {}
         self.limits = credentials.limits
         self.dropped: deque[int] = deque()
         self.pending: dict[int, Reply] = {}
@@ -180,6 +183,7 @@ class Peer:
         self._room = self.limits.commands_in_flight // 2
         self.incarnation = bytes.fromhex(welcome["incarnation"])
         self.name = self.channel.name = welcome["worker"]
+        self.versions = read_versions(welcome)
         self.channel.session.remote = self.incarnation
         serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
         self.channel.open(lane, self.channel.session, serializer, inline=plugins.transport(self.url).inline)
