@@ -96,6 +96,8 @@ def _farpoint_pool(farpoint_combination: Combination) -> Iterator[Pool | None]:
     from farpoint.cluster import LocalCluster
     from farpoint.testing.pool import Pool
 
+    if farpoint_combination.transport == "tls":
+        pytest.importorskip("cryptography", reason="certificates for tls are made with cryptography: pip install 'farpoint[certs]'")
     with LocalCluster("bob", "alice", "charlie", **attrs.asdict(farpoint_combination)) as cluster:
         yield Pool(cluster)
 

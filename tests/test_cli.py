@@ -23,7 +23,7 @@ from farpoint_cli import app, ping
 from farpoint_cli.doctor import DEPENDENCIES
 from strangers import SERIALIZER, environment, install
 
-COMMANDS = ("tutorial", "worker", "ping", "plugins", "doctor")
+COMMANDS = ("tutorial", "worker", "ping", "certs", "plugins", "doctor")
 
 
 @pytest.fixture(autouse=True)
