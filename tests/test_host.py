@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import pathlib
 import re
 import signal
 import socket
 import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,77 +24,10 @@ from farpoint.plugins import plugins
 from farpoint.testing.transport import Recorder
 from farpoint.tokens import new_token, read_tokens
 from farpoint_cli import app
+from processes import COMMAND, SECONDS, Process, paste, running
 
 farpoint.TorchHook(torch)
-SECONDS = 60.0
-COMMAND = [sys.executable, "-m", "farpoint_cli", "worker"]
-
-
-class Process:
-    """A command that runs, with what it has printed so far."""
-
-    def __init__(self, *words: str) -> None:
-        self.popen = subprocess.Popen(
-            [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.log: list[str] = []
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        assert self.popen.stdout is not None
-        self.said = ""
-        while "farpoint.connect(" not in self.said:
-            line = self.popen.stdout.readline()
-            assert line, (self.popen.wait(SECONDS), self.said, self.log)
-            self.said += line
-
-    def _read(self) -> None:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            with self._news:
-                self.log.append(line.rstrip("\n"))
-                self._news.notify_all()
-
-    def logged(self, pattern: str) -> str:
-        """Return the first line of the log that matches, as soon as it is there."""
-
-        def found() -> str | None:
-            return next((line for line in self.log if re.search(pattern, line)), None)
-
-        with self._news:
-            line = self._news.wait_for(found, SECONDS)
-        assert line, (pattern, self.log)
-        return line
-
-    def url(self) -> str:
-        found = re.search(r'farpoint\.connect\("([^"]+)"', self.said)
-        assert found is not None, self.said
-        return found[1]
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to end, and return its exit code."""
-        self.popen.send_signal(number)
-        code = self.popen.wait(SECONDS)
-        self._reader.join(SECONDS)
-        for pipe in (self.popen.stdout, self.popen.stderr):
-            assert pipe is not None
-            pipe.close()
-        return code
-
-
-@pytest.fixture
-def run() -> Iterator[Callable[..., Process]]:
-    """Return a function that starts `farpoint worker`."""
-    started: list[Process] = []
-
-    def start(*words: str) -> Process:
-        started.append(Process(*words))
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.popen.poll() is None:
-            process.end(signal.SIGKILL)
+run = pytest.fixture(running)
 
 
 @pytest.fixture
@@ -116,12 +46,6 @@ def refused() -> Iterator[Callable[..., tuple[int, str]]]:
 
     yield run
     logger.handlers, logger.level, logger.propagate = before
-
-
-def paste(process: Process) -> Any:
-    """Do what the command says: paste its line."""
-    [line] = re.findall(r"^    (farpoint\.connect\(.*\))$", process.said, re.MULTILINE)
-    return eval(line, {"farpoint": farpoint, "pathlib": pathlib})  # noqa: S307  # what it prints for that
 
 
 def data() -> Any:

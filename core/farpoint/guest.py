@@ -84,7 +84,7 @@ class Doorstep:
             return {"refused": f"none of the serializers that were offered is known here; known: {known}"}
         if len(worker.guests) >= worker.limits.links:
             return {"refused": f"{worker.id} has {worker.limits.links} clients, as many as it takes"}
-        guest = Guest(worker, hello)
+        guest = Guest(worker, hello, self._link.identity)
         # Whoever has learnt the number of a session must not become that session. Not under the worker's lock: the thread
         # that dials us may hold that of its own worker.
         if worker.guests.setdefault(guest.holder, guest) is not guest:
@@ -109,6 +109,8 @@ class Doorstep:
         guest = worker.guests.get(hello["session"])
         if guest is None or not guest.secret or not hmac.compare_digest(guest.secret, str(hello.get("secret")).encode()):
             return answer
+        if guest.identity != self._link.identity:
+            return {"refused": "this session belongs to somebody with another certificate"}
         try:
             if not guest.take_back(self._lane, hello["taken"]):
                 return answer
@@ -125,6 +127,7 @@ class Guest:
     Args:
         worker: The worker.
         hello: Its greeting, which was checked.
+        identity: The name in its certificate, empty if it has shown none.
 
     Attributes:
         name: What the client calls itself.
@@ -143,8 +146,9 @@ class Guest:
         left: Whether it is gone, and what it held with it.
     """
 
-    def __init__(self, worker: Worker, hello: dict[str, Any]) -> None:
+    def __init__(self, worker: Worker, hello: dict[str, Any], identity: str = "") -> None:
         self.worker = worker
+        self.identity = identity
         self.name: str = hello["client"]
         self.url: str = hello["url"]
         self.holder: int = hello["session"]

@@ -155,11 +155,12 @@ def _invitation(hosting: Hosting, url: str, token_file: Path | None) -> str:
         arguments.append(f'token="{hosting.tokens[0]}"')
     elif hosting.clients is None:
         lines[1:] = ["Everybody who can reach it may come in, and do whatever it permits.", ""]
-    lines.append(f"    farpoint.connect({', '.join(arguments)})")
     if hosting.clients is not None:
-        lines.append("    # and tls=CONTEXT, with a certificate that it accepts: docs/workers.md")
+        lines.append("    # context: an ssl.SSLContext with a certificate that it accepts, see docs/workers.md")
+        arguments.append("tls=context")
     elif hosting.certificate is not None:
-        lines.append('    # and ca="FILE", unless your system trusts who has signed its certificate')
+        lines.append('    # with ca="FILE" as well, unless your system trusts who has signed its certificate')
+    lines.append(f"    farpoint.connect({', '.join(arguments)})")
     return "\n".join([*lines, ""])
 
 
