@@ -90,12 +90,14 @@ def _farpoint_pool(farpoint_combination: Combination) -> Iterator[Pool | None]:
     from farpoint.plugins import plugins
 
     schemes = {record.name: record.schemes[0] for record in plugins.transports()}
-    if plugins.transport(f"{schemes[farpoint_combination.transport]}://").inline:
+    if plugins.transport(f"{schemes[farpoint_combination.transport]}://").within_process:
         yield None
         return
     from farpoint.cluster import LocalCluster
     from farpoint.testing.pool import Pool
 
+    if farpoint_combination.transport == "tls":
+        pytest.importorskip("cryptography", reason="certificates for tls are made with cryptography: pip install 'farpoint[certs]'")
     with LocalCluster("bob", "alice", "charlie", **attrs.asdict(farpoint_combination)) as cluster:
         yield Pool(cluster)
 

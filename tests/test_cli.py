@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,15 @@ import torch
 from typer.testing import CliRunner, Result
 
 import farpoint
-from farpoint import PluginError
+from farpoint import LocalCluster, PluginError, about
 from farpoint.limits import Limits
 from farpoint.plugins import plugins
 from farpoint.serializer import Serializer
-from farpoint_cli import app
+from farpoint_cli import app, ping
 from farpoint_cli.doctor import DEPENDENCIES
 from strangers import SERIALIZER, environment, install
 
-COMMANDS = ("tutorial", "worker", "plugins", "doctor")
+COMMANDS = ("tutorial", "worker", "ping", "certs", "plugins", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ class TestTutorial:
         assert chosen[-1] == (words[-1] if words else "msgpack")
 
     def test_an_error_is_a_line_and_no_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise farpoint.WorkerLostError("bob", "broken on purpose")
 
         monkeypatch.setattr("farpoint.tutorial.run", fail)
@@ -104,6 +105,10 @@ class TestMistakes:
             (["tutorial", "--serializer", "msgpck"], "type 'msgpack' if that is meant"),
             (["plugins", "msgpack"], "unexpected extra argument"),
             (["doctor", "--fast"], "No such option.*--fast"),
+            (["ping"], "Missing argument 'URL'"),
+            (["ping", "tls://127.0.0.1:1", "--ca", "nowhere.pem"], "'nowhere.pem' does not exist"),
+            (["ping", "tcp://127.0.0.1:1", "--count", "0"], "--count"),
+            (["tutorial", "--workers", "tcp://127.0.0.1:1"], "requires 2 arguments"),
         ],
     )
     def test_unknown_names(self, words: list[str], complaint: str) -> None:
@@ -152,6 +157,68 @@ class TestPlugins:
         sick = spawn(tmp_path, "doctor")
         assert sick.returncode == 1 and "all is well" not in sick.stdout
         assert sick.stderr.count("broken on purpose") == 1 and sick.stderr.count("more than one plugin") == 1
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with farpoint.local_cluster("bob", "alice") as made:
+        for worker in made.values():
+            worker.close()  # or the commands, in this process, would find us connected
+        yield made
+
+
+class TestWorkers:
+    def test_ping(self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FARPOINT_TOKEN", cluster.token)
+        url = cluster.urls["bob"]
+        result = invoke("ping", url, "--count", "3")
+        about = f"bob at {url}: farpoint {farpoint.__version__}, torch {torch.__version__}"
+        assert result.exit_code == 0 and result.output.splitlines()[0] == about
+        [(least, median)] = re.findall(r"^3 round trips: min ([\d.]+) ms, median ([\d.]+) ms$", result.output, re.MULTILINE)
+        assert 0 < float(least) <= float(median)
+
+    def test_ping_that_is_not_answered(self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("FARPOINT_TOKEN", raising=False)
+        for words, code, complaint in (
+            ([cluster.urls["bob"]], 1, "does not let us in"),
+            ([cluster.urls["bob"], "--token", "a wrong one"], 1, "does not let us in"),
+            (["tcp://127.0.0.1:1"], 1, "Connection refused"),
+            (["morse://bob"], 2, "no installed plugin"),
+        ):
+            result = invoke("ping", *words)
+            assert result.exit_code == code and complaint in result.output and result.output.count("\n") == 1, result.output
+            assert result.output.startswith("farpoint ping: ")
+
+    def test_doctor(self, cluster: LocalCluster) -> None:
+        result = invoke("doctor", *cluster.urls.values(), "--token", cluster.token)
+        assert result.exit_code == 0 and result.output.endswith("all is well\n"), result.output
+        for name, url in cluster.urls.items():
+            assert re.search(rf"^worker +{name} +{url}, farpoint .*, torch .*, [\d.]+ ms$", result.output, re.MULTILINE)
+
+    def test_doctor_and_a_worker_with_another_torch(self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(about.VERSIONS, "torch", "1.13.0+cpu")
+        result = invoke("doctor", cluster.urls["bob"], "--token", cluster.token)
+        theirs = f"bob at {cluster.urls['bob']} has torch {torch.__version__}, and 1.13.0+cpu is here"
+        assert result.exit_code == 1 and theirs in result.output and "has farpoint" not in result.output
+
+    def test_doctor_and_another_build_of_the_same_torch(self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(about.VERSIONS, "torch", torch.__version__.partition("+")[0] + "+cu999")
+        assert invoke("doctor", cluster.urls["bob"], "--token", cluster.token).exit_code == 0
+
+    def test_doctor_and_nobody(self) -> None:
+        result = invoke("doctor", "tcp://127.0.0.1:1")
+        assert result.exit_code == 1 and "Connection refused" in result.output and "all is well" not in result.output
+
+    def test_tutorial(self, cluster: LocalCluster) -> None:
+        result = invoke("tutorial", "--workers", *cluster.urls.values(), "--token", cluster.token)
+        assert result.exit_code == 0 and "tensor([ 2,  4,  6,  8, 10])" in result.output
+        refused = invoke("tutorial", "--workers", *cluster.urls.values())
+        assert refused.exit_code == 1 and refused.output.startswith("farpoint tutorial: tcp://127.0.0.1:")
+
+    def test_versions_that_one_would_not_print(self) -> None:
+        welcome = {"farpoint": "1.0\x1b[2J", "torch": 2.13}
+        assert about.read_versions(welcome) == {} and ping.tell({}) == "versions unknown"
+        assert about.read_versions({"torch": "2.13.0+cpu"}) == {"torch": "2.13.0+cpu"}
 
 
 class TestDoctor:

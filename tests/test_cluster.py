@@ -54,7 +54,7 @@ def cluster() -> Iterator[LocalCluster]:
         yield made
 
 
-@pytest.mark.parametrize("transport", ["tcp", "unix", "websocket"])
+@pytest.mark.parametrize("transport", ["tcp", "tls", "unix", "websocket"])
 def test_workers_reach_each_other(transport: str) -> None:
     with farpoint.local_cluster("bob", "alice", transport=transport) as cluster:
         assert list(cluster) == ["bob", "alice"] and len(cluster) == 2

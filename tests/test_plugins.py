@@ -207,7 +207,7 @@ class TestAsking:
         assert "What to do: pip install farpoint-cbor, if such a plugin exists." in str(error)
         with pytest.raises(PluginError, match=r"Available: memory\. What to do: type 'memory' if that is meant"):
             plugins.store("memroy", "bob")
-        with pytest.raises(PluginError, match=r"'pigeon://': no installed.* Available: virtual://\."):
+        with pytest.raises(PluginError, match=r"'pigeon://': no installed.* Available: .*virtual://"):
             plugins.transport("pigeon://x")
 
     def test_a_missing_module_is_named_with_what_to_type(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from farpoint import InvalidNameError, local_cluster
 from farpoint.tutorial import run
 
 
@@ -46,6 +48,29 @@ def test_stores(serializer: str) -> None:
     moved = "\n".join(shown["x = x.move(alice); x"])
     assert "bob:   nothing" in moved
     assert "tensor([1, 2, 3, 4, 5])" in moved
+
+
+def plain(lines: list[str]) -> list[str]:
+    """Return lines with the ids, which are chance, numbered in the order they appear in."""
+    known: dict[str, str] = {}
+    return [re.sub(r"\d{9,}", lambda found: known.setdefault(found[0], f"<{len(known)}>"), line) for line in lines]
+
+
+@pytest.mark.parametrize("serializer", ["msgpack", "torch"])
+@pytest.mark.parametrize("transport", ["tcp", "websocket"])
+def test_processes_show_the_same(transport: str, serializer: str) -> None:
+    here: list[str] = []
+    run(serializer, here.append)
+    there: list[str] = []
+    with local_cluster("bob", "alice", transport=transport, serializer=serializer) as cluster:
+        run(serializer, there.append, list(cluster.urls.values()), token=cluster.token)
+    shown = re.compile(r"me:\d+")
+    assert [shown.sub("me", line) for line in plain(there)] == [shown.sub("me", line) for line in plain(here)]
+
+
+def test_two_workers_are_two() -> None:
+    with local_cluster("bob") as cluster, pytest.raises(InvalidNameError, match="bob listens there"):
+        run(None, print, [cluster.urls["bob"]] * 2, token=cluster.token)
 
 
 def test_the_pytest_plugin_does_not_import_torch() -> None:

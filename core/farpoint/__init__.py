@@ -1,5 +1,6 @@
 """Compute on PyTorch tensors that live on other machines, through pointers that are tensors."""
 
+from farpoint.about import __version__ as __version__
 from farpoint.blocking import blocking
 from farpoint.cluster import LocalCluster, local_cluster
 from farpoint.connection import aconnect, connect
@@ -43,8 +44,6 @@ from farpoint.hook import TorchHook
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, me
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CapabilityError",

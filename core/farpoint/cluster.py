@@ -13,9 +13,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Self
+from urllib.parse import urlsplit
 
 import attrs
 
+from farpoint.certificates import make_certificates
 from farpoint.connection import connect
 from farpoint.errors import InvalidNameError, PluginError, WorkerLostError
 from farpoint.limits import DEFAULT_LIMITS, Limits
@@ -27,6 +29,7 @@ from farpoint.tokens import new_token
 START_SECONDS: Final = 120.0
 END_SECONDS: Final = 10.0
 _SHOWN: Final = 10
+_ENCRYPTED: Final = ("tls", "wss")
 
 _open: dict[int, LocalCluster] = {}
 _inherited: list[LocalCluster] = []
@@ -71,7 +74,7 @@ class LocalCluster(Mapping[str, RemoteWorker]):
         self._transport = transport
         self._owner = os.getpid()
         self._closed = False
-        if plugins.transport(plugins.local_url(transport, "me")).inline:
+        if plugins.transport(plugins.local_url(transport, "me")).within_process:
             raise PluginError(
                 "transport", transport, "its links stay within one process", fix="farpoint.VirtualWorker makes workers in this process"
             )
@@ -85,8 +88,13 @@ class LocalCluster(Mapping[str, RemoteWorker]):
         self._options += [word for name, value in changed.items() for word in ("--limit", f"{name}={value}")]
         if serializer is not None:
             self._options += ["--serializer", serializer]
+        self._authority: Path | None = None
         _open[id(self)] = self
         try:
+            if urlsplit(plugins.local_url(transport, "me")).scheme in _ENCRYPTED:
+                made = make_certificates(Path(self._folder.name))
+                self._authority = made.authority
+                self._options += ["--tls-cert", str(made.server), "--tls-key", str(made.server_key), "--ca", str(made.authority)]
             self.add(*names)
         except BaseException:
             self.close()
@@ -200,7 +208,7 @@ class LocalCluster(Mapping[str, RemoteWorker]):
         self.urls[name] = json.loads(line)["url"]
 
     def _connect(self, name: str) -> RemoteWorker:
-        return connect(self.urls[name], token=self.token, serializer=self._serializer, limits=self._limits)
+        return connect(self.urls[name], token=self.token, ca=self._authority, serializer=self._serializer, limits=self._limits)
 
     @staticmethod
     def _end(process: subprocess.Popen[bytes], *, killed: bool = False) -> None:

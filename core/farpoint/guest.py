@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from farpoint.about import VERSIONS
 from farpoint.channel import Channel, Lane
 from farpoint.errors import (
     CapabilityError,
@@ -97,7 +98,7 @@ class Doorstep:
             introduced = worker.doorman.introduced(self._link.token, hello["incarnation"])
         except CapabilityError as error:
             return {"refused": str(error)}
-        guest = Guest(worker, hello, introduced=introduced)
+        guest = Guest(worker, hello, introduced=introduced, identity=self._link.identity)
         # Whoever has learnt the number of a session must not become that session. Not under the worker's lock: the thread
         # that dials us may hold that of its own worker.
         if worker.guests.setdefault(guest.holder, guest) is not guest:
@@ -114,6 +115,7 @@ class Doorstep:
             "url": worker.url,
             "limits": worker.limits.advertised(),
             **({} if self._inline else worker.doorman.welcome(guest)),
+            **VERSIONS,
         }
 
     def _take_back(self, hello: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +125,8 @@ class Doorstep:
         guest = worker.guests.get(hello["session"])
         if guest is None or not guest.secret or not hmac.compare_digest(guest.secret, str(hello.get("secret")).encode()):
             return answer
+        if guest.identity != self._link.identity:
+            return {"refused": "this session belongs to somebody with another certificate"}
         try:
             if not guest.take_back(self._lane, hello["taken"]):
                 return answer
@@ -140,6 +144,7 @@ class Guest:
         worker: The worker.
         hello: Its greeting, which was checked.
         introduced: Whether it came in with a capability: it may only use what it was handed.
+        identity: The name in its certificate, empty if it has shown none.
 
     Attributes:
         name: What the client calls itself.
@@ -161,8 +166,9 @@ class Guest:
         executor: What runs its operations.
     """
 
-    def __init__(self, worker: Worker, hello: dict[str, Any], *, introduced: bool) -> None:
+    def __init__(self, worker: Worker, hello: dict[str, Any], *, introduced: bool, identity: str = "") -> None:
         self.worker = worker
+        self.identity = identity
         self.name: str = hello["client"]
         self.url: str = hello["url"]
         self.holder: int = hello["session"]

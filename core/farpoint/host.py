@@ -72,7 +72,7 @@ class Hosting:
             ValueError: Operations cannot run on that device.
         """
         check_device(self.device)
-        if plugins.transport(self.listen).inline:
+        if plugins.transport(self.listen).within_process:
             raise PluginError(
                 "transport",
                 self.listen,

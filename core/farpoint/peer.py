@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from farpoint.about import read_versions
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
 from farpoint.blocking import is_blocking
@@ -101,6 +102,7 @@ class Peer:
         absence: Why there is no link now, if there is none.
         advertised: Where it wants to be dialled by others.
         capability: What we may do there, to be narrowed for others.
+        versions: Of `farpoint` and `torch` there, as far as the worker has told them.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Peer:
         self.dead = False
         self.capability = ""
         self._ahead = 0.0
+        self.versions: dict[str, str] = {}
         self.limits = credentials.limits
         self.dropped: deque[int] = deque()
         self.pending: dict[int, Reply] = {}
@@ -211,6 +214,7 @@ class Peer:
             self.capability = capability[: self.limits.capability_chars]
             self._ahead = float(clock) - time.time()
         self.name = self.channel.name = welcome["worker"]
+        self.versions = read_versions(welcome)
         self.channel.session.remote = self.incarnation
         serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
         self.channel.open(lane, self.channel.session, serializer, self.owner.limits, inline=plugins.transport(self.url).inline)

@@ -90,10 +90,12 @@ class Transport(ABC):
         schemes: The URL schemes that it serves, like `("virtual",)`.
         inline: Whether `write` itself calls the receiver, on the same thread. Then no call waits for anybody, and a link is
             lost only when one side closes it. Elsewhere a session survives its link.
+        within_process: Whether its links stay within one process, so that no worker in another one can be reached.
     """
 
     schemes: ClassVar[tuple[str, ...]]
     inline: ClassVar[bool] = False
+    within_process: ClassVar[bool] = False
 
     @abstractmethod
     def local_url(self, name: str) -> str:

@@ -299,7 +299,7 @@ class Worker:
         Raises:
             PermissionDeniedError: One refuses.
         """
-        refusal = plugins.authorize(action, guest.name, object_id if type(object_id) is int else 0, self.id)
+        refusal = plugins.authorize(action, guest.name, object_id if type(object_id) is int else 0, self.id, guest.identity)
         if refusal is not None:
             kind = GetNotPermittedError if action == "get" else PermissionDeniedError
             raise kind(self.id, action, refusal)

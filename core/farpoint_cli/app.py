@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farpoint_cli import doctor, plugins, tutorial, worker
+from farpoint_cli import certs, doctor, ping, plugins, tutorial, worker
 
 app = typer.Typer(
     name="farpoint",
@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for module in (tutorial, worker, plugins, doctor):
+for module in (tutorial, worker, ping, certs, plugins, doctor):
     app.command()(getattr(module, module.__name__.rpartition(".")[2]))
 
 

@@ -7,14 +7,21 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import typer
+
+from farpoint_cli.options import Authority, Token
+from farpoint_cli.ping import tell
 
 DEPENDENCIES: Final = ("attrs", "msgpack", "pluggy", "rich", "tqdm", "typer", "websockets")
 
 
-def doctor() -> None:
+def doctor(
+    urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Where workers listen that shall be reached, too.")] = None,
+    token: Token = None,
+    ca: Authority = None,
+) -> None:
     """Check this installation: versions, and whether every plugin works. The exit code is 1 if something is broken."""
     typer.echo(f"python      {platform.python_version()}   {sys.executable}")
     broken = []
@@ -32,6 +39,8 @@ def doctor() -> None:
     else:
         typer.echo(f"imported    {Path(farpoint.__file__).parent}")
         broken += _check_plugins()
+        for url in urls or ():
+            broken += _check_worker(url, token, ca)
     for problem in broken:
         typer.echo(f"broken      {problem}", err=True)
     if broken:
@@ -67,3 +76,22 @@ def _check_plugins() -> list[str]:
         if chosen and chosen not in known:
             broken.append(f"{variable}={chosen}: the names are {', '.join(known)}")
     return broken
+
+
+def _check_worker(url: str, token: str | None, ca: Path | None) -> list[str]:
+    """Reach a worker, and return what went wrong. Another version of torch is wrong, too: results may differ."""
+    from farpoint import connect
+    from farpoint.about import VERSIONS
+    from farpoint.errors import FarpointError
+
+    try:
+        with connect(url, token=token, ca=ca) as worker:
+            theirs = worker.peer.versions
+            typer.echo(f"{'worker':<11} {worker.id:<14} {url}, {tell(theirs)}, {1000 * worker.ping():.2f} ms")
+    except (FarpointError, OSError) as error:
+        return [str(error)]
+    return [
+        f"{worker.id} at {url} has {name} {theirs.get(name, 'of an unknown version')}, and {ours} is here: install the same on both sides"
+        for name, ours in VERSIONS.items()
+        if theirs.get(name, "").partition("+")[0] != ours.partition("+")[0]
+    ]

@@ -6,22 +6,30 @@ from typing import Annotated
 
 import typer
 
+from farpoint_cli.complaint import complain
+from farpoint_cli.options import Authority, Token
+
 
 def tutorial(
     serializer: Annotated[
         str | None,
         typer.Option(help="How tensors are written: msgpack or torch. By default FARPOINT_SERIALIZER, else msgpack."),
     ] = None,
+    workers: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="URL URL", help="Where two workers listen, to be used in place of two in this process."),
+    ] = None,
+    token: Token = None,
+    ca: Authority = None,
 ) -> None:
-    """Send, move, add and fetch tensors between two workers in this process, and show where everything is."""
+    """Send, move, add and fetch tensors between two workers, and show where everything is."""
     from farpoint.errors import FarpointError, PluginError
     from farpoint.tutorial import run
 
     try:
-        run(serializer, typer.echo)
+        run(serializer, typer.echo, workers or (), token=token, ca=ca)
     except PluginError as error:
         # An unknown name is a mistake in what was typed: exit code 2, as for an unknown option.
         raise typer.BadParameter(str(error), param_hint="--serializer, or FARPOINT_SERIALIZER") from error
     except FarpointError as error:
-        typer.echo(f"farpoint tutorial: {error}", err=True)
-        raise typer.Exit(1) from error
+        complain("tutorial", error, 1)

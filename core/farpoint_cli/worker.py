@@ -146,19 +146,22 @@ def read_limits(texts: list[str]) -> Limits:
 
 def _invitation(hosting: Hosting, url: str, token_file: Path | None) -> str:
     """Return what to type to use the worker. A token from a file is not shown: whoever keeps the output need not keep it secret."""
+    lines = [f"{hosting.name} listens. To use it:", ""]
     arguments = [f'"{url}"']
     if token_file is not None:
-        arguments.append(f'token=open("{token_file.absolute()}").readline().strip()')
+        lines.append("    import pathlib")
+        arguments.append(f'token=pathlib.Path("{token_file.absolute()}").read_text().split()[0]')
     elif hosting.tokens:
         arguments.append(f'token="{hosting.tokens[0]}"')
-    lines = [f"{hosting.name} listens. To use it:", "", f"    farpoint.connect({', '.join(arguments)})", ""]
+    elif hosting.clients is None:
+        lines[1:] = ["Everybody who can reach it may come in, and do whatever it permits.", ""]
     if hosting.clients is not None:
-        lines.insert(3, "    # and tls=CONTEXT, with a certificate that it accepts: docs/workers.md")
+        lines.append("    # context: an ssl.SSLContext with a certificate that it accepts, see docs/workers.md")
+        arguments.append("tls=context")
     elif hosting.certificate is not None:
-        lines.insert(3, '    # and ca="FILE", unless your system trusts who has signed its certificate')
-    if hosting.insecure and not hosting.tokens and hosting.clients is None:
-        lines.insert(1, "Everybody who can reach it may come in, and do whatever it permits.")
-    return "\n".join(lines)
+        lines.append('    # with ca="FILE" as well, unless your system trusts who has signed its certificate')
+    lines.append(f"    farpoint.connect({', '.join(arguments)})")
+    return "\n".join([*lines, ""])
 
 
 class JsonFormatter(logging.Formatter):

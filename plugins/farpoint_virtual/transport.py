@@ -137,6 +137,7 @@ class VirtualTransport(Transport):
     schemes: ClassVar[tuple[str, ...]] = ("virtual",)
 
     inline: ClassVar[bool] = True
+    within_process: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._listeners: dict[str, VirtualListener] = {}

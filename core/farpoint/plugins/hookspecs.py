@@ -112,7 +112,7 @@ def farpoint_operators() -> Iterable[OperatorPlugin]:  # type: ignore[empty-body
 
 
 @hookspec
-def farpoint_authorize(action: str, subject: str, object: int, worker: str) -> bool | str | None:
+def farpoint_authorize(action: str, subject: str, object: int, worker: str, identity: str) -> bool | str | None:
     """Answer whether somebody may do something. Called on the worker, before anything has happened.
 
     Every policy is asked, and the action is permitted unless one of them refuses: the answer must not depend on which of two
@@ -123,6 +123,7 @@ def farpoint_authorize(action: str, subject: str, object: int, worker: str) -> b
         subject: Name that the asking worker gave itself when it connected. It is worth as much as the transport's authentication.
         object: Id of the object it is about: the first operand of an operator, the new id of `put` and `link`, 0 if there is none.
         worker: Name of the worker that is asked; a process may have several.
+        identity: Name in the certificate of the asking worker, which was verified; empty if its link has shown none.
 
     Returns:
         False or a text with the reason to refuse, True or None to permit.
@@ -132,7 +133,7 @@ def farpoint_authorize(action: str, subject: str, object: int, worker: str) -> b
         from farpoint.plugins import hookimpl
 
         @hookimpl
-        def farpoint_authorize(action, subject):
-            if action in ("get", "move") and subject != "secure_worker":
+        def farpoint_authorize(action, identity):
+            if action in ("get", "move") and identity != "secure_worker":
                 return "values leave this worker for secure_worker only"
     """
