@@ -558,7 +558,7 @@ class Peer:
                 self.channel.fail(TransportError(self.url, f"{self.name} ended the link: {content['text']}"))
                 return
             content = read_failure(content, self.name)
-            self._note(about, content)
+            self._note(about, content, awaited=reply is not None)
             if reply is not None:
                 reply.error = content
                 del self.pending[about]
@@ -577,7 +577,7 @@ class Peer:
         finally:
             reply.done.set()
 
-    def _note(self, about: int, failure: dict[str, Any]) -> None:
+    def _note(self, about: int, failure: dict[str, Any], *, awaited: bool) -> None:
         origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
         if isinstance(origin[0], int):  # it was passed on: whoever issued it is told instead
             guest = self.owner.guests.get(origin[0])
@@ -587,7 +587,7 @@ class Peer:
         failures = self.owner.failures
         if failure["uid"] not in failures:
             failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)
-            if failure["orphan"]:
+            if failure["orphan"] and not awaited:
                 self.orphans.append(failure["uid"])
             while len(failures) > self.limits.failures:
                 failures.pop(next(iter(failures)), None)

@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from farpoint.bulk import CHUNK_BYTES, Relayed
-from farpoint.errors import MalformedMessageError
+from farpoint.errors import FarpointError, MalformedMessageError
 from farpoint.progress import progress_bar
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import brief
@@ -16,6 +16,7 @@ from farpoint.store import Annotation
 if TYPE_CHECKING:
     from farpoint.peer import Peer, Reference
 
+_PATIENCE = 1.0
 AHEAD = 4
 """Chunks that are asked for before the first of them is there, and that may be on their way to the destination."""
 
@@ -63,4 +64,9 @@ def relay(source: Reference, destination: Peer, object_id: int, wants_grad: bool
             destination.request([int(Kind.DESCRIBE), [object_id]])
         except BaseException:
             relayed.give_up()
+            for reply, _ in asked:  # what else went wrong is the same, and nobody need hear of it again
+                try:
+                    source.peer.wait(reply, _PATIENCE)
+                except FarpointError:
+                    pass
             raise
