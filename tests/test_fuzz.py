@@ -106,6 +106,7 @@ def work(bob: RemoteWorker, alice: RemoteWorker) -> None:
     torch.cat([x, x * 2j.real]).t()
     x.nonzero()
     bob.peer.request([int(Kind.DESCRIBE), [x.id_at_location]])
+    bob.peer.request([int(Kind.READ), x.id_at_location, 0, 4])
     torch.unique(x, return_inverse=True)
     p: Any = send(x, alice)
     q: Any = p + p * 2
