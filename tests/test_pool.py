@@ -58,7 +58,7 @@ def test_what_is_left_behind_is_found(pool: Pool, stranger: Peer, monkeypatch: p
     pool("bob1")
     held = stranger.refer(stranger.new_id())
     stranger.tell([int(Kind.PUT), held.id, torch.ones(2), False, [], ""], caller())
-    stranger.request([int(Kind.SYNC), []])
+    stranger.request([int(Kind.SYNC), [], []])
     monkeypatch.setattr("farpoint.testing.transport.PATIENCE", 0)
     with pytest.raises(AssertionError, match=r"left something behind: bob stores \{.*size=\(2,\)"):
         pool.check()

@@ -13,6 +13,7 @@ for a stalled write decides.
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections import deque
@@ -74,6 +75,7 @@ class StreamLink(Link):
         self._rest = b""  # of signals that were sent in part
         self._once = threading.Lock()
         self._leaving = False  # `close` was called
+        self._parted = False  # and the goodbye is out
         self._closed = False  # nothing is written any more
         self._ended = False  # nothing comes any more
         self._left = False  # nothing is delivered any more: it was closed or given up on this side
@@ -112,6 +114,7 @@ class StreamLink(Link):
                 if not self._busy and not self._ended:
                     self._busy = True  # for good: nothing comes behind a goodbye
                     self._send([signal(Signal.GOODBYE)], patience)
+                    self._parted = True
                     self._settle(patience)
             except (TransportError, OSError):
                 pass  # it has ended already, or was given up
@@ -350,7 +353,9 @@ class StreamLink(Link):
             if not count or inbound.goodbye is not None:
                 self._closed = self._ended = True
         except OSError as error:
-            self._break(self._broken(error))
+            # TLS knows no half of a connection: the peer may complain of the end behind our goodbye.
+            if not (self._parted and isinstance(error, ssl.SSLError)):
+                self._break(self._broken(error))
             self._ended = True
         except Exception as error:
             # What is wrong with the peer's bytes is told, what is wrong with this code is not.
