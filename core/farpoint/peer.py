@@ -142,7 +142,9 @@ class Peer:
             FarpointError: There is nobody, or somebody else, or we are refused.
         """
         self._approach = Approach(self)
-        if self.channel.may_wait() or plugins.transport(self.url).inline:
+        # The welcome needs the owner's lock.
+        locked = self.owner.lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition does
+        if not locked and self.channel.may_wait() or plugins.transport(self.url).inline:
             self._dial(self._approach)
             return
         threading.Thread(target=self._dial_alone, name=f"farpoint dials {self.url}", daemon=True).start()
