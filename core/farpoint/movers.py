@@ -67,6 +67,7 @@ class Movers:
         self._expected: dict[int, Guest] = {}
         self._awaiting: dict[int, list[Callable[[], None]]] = {}
         self._ends: dict[int, tuple[Callable[[], None], Callable[[str], None]]] = {}
+        self._doubtful: dict[Peer, list[Callable[[], None]]] = {}
 
     def move(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Take a MOVE: begin it if the data is here, or pass it on along the chain."""
@@ -203,12 +204,36 @@ class Movers:
         if isinstance(parsed, states.Push):
             parsed = attrs.evolve(parsed, payload=payload)
         # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
-        if self._worker.peer(guest.name, guest.url).defer(
-            lambda error: self._worker.execute(guest, number, message) if error is None else None
-        ):
+        peer = self._worker.peer(guest.name, guest.url)
+        again: Callable[[], None] = lambda: self._worker.execute(guest, number, message)  # noqa: E731
+        if peer.defer(lambda error: again() if error is None else None) or self._doubts(peer, guest, again):
             return
         here, there = self._states.incarnation, int.from_bytes(guest.incarnation, "big")
         self._carry_out(self._states.receive(guest.name, there, here, parsed), guest)
+
+    def _doubts(self, peer: Peer, guest: Guest, again: Callable[[], None]) -> bool:
+        """Return whether two lives of a worker speak, one at each end. What the guest says is then carried out if the peer is dead.
+
+        Raises:
+            LimitError: Too much waits for that already.
+        """
+        if peer.incarnation == guest.incarnation:
+            return False
+
+        def answered(answer: Any) -> None:
+            waiting = self._doubtful.pop(peer)
+            if isinstance(answer, FarpointError):
+                for call in waiting:
+                    call()
+
+        limit = self._worker.limits.transfers
+        if len(self._doubtful.setdefault(peer, [])) >= limit:
+            raise LimitError("transfers", limit, f"another message while nobody knows whether {peer.name} has restarted")
+        self._doubtful[peer].append(again)
+        if len(self._doubtful[peer]) == 1:
+            peer.ask([int(Kind.DESCRIBE), []], answered)
+            self._worker.dirty.add(peer)
+        return True
 
     def peer_back(self, peer: Peer) -> None:
         """Learn that a session with another worker begins."""
