@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import farpoint
+from farpoint.errors import TransportError
 from farpoint.limits import Limits
 from farpoint.remote import RemoteWorker
 from farpoint.testing.transport import eventually
@@ -19,7 +20,7 @@ from farpoint.worker import Worker
 from wire import check_books, check_idle
 
 farpoint.TorchHook(torch)
-SECONDS = 60.0
+SECONDS = 20.0
 LIMITS = Limits(reconnect_seconds=0.2, open_seconds=2.0, close_seconds=0.5)
 NOBODY = "tcp://127.0.0.1:9"
 """Where nobody listens: that port has been nobody's since the days of the discard service."""
@@ -76,3 +77,23 @@ def test_who_holds_the_lock_dials_and_does_not_wait(place: Callable[..., Place])
         peer = bob.worker.peer(alice.worker.id, alice.worker.url)
         assert not peer.established
     eventually(lambda: peer.established)
+
+
+def test_a_worker_that_cannot_answer_is_told_of(place: Callable[..., Place]) -> None:
+    bob, alice = place("bob", advertise=NOBODY), place("alice")
+    p = data().send(bob.handle)
+    with pytest.raises(TransportError, match=r"is where it was: alice.way: .*discard|is where it was: alice.way: .*:9: cannot be reached"):
+        begin(p.move, alice.handle).result(SECONDS)
+    assert not alice.worker.store
+    assert torch.equal(p.get(), data())
+    check_empty(bob, alice)
+
+
+def test_a_large_tensor_for_which_there_is_no_room(place: Callable[..., Place]) -> None:
+    bob, alice = place("bob"), place("alice", attrs.evolve(LIMITS, bytes=2**20))
+    x = torch.zeros(2**21, dtype=torch.uint8)
+    p: Any = x.send(bob.handle)  # type: ignore[attr-defined]
+    with pytest.raises(TransportError, match=r"is where it was: alice.way: .* its limit is bytes=1048576"):
+        begin(p.move, alice.handle).result(SECONDS)
+    assert torch.equal(p.get(), x)
+    check_empty(bob, alice)

@@ -24,6 +24,7 @@ from farpoint.errors import (
 from farpoint.failures import describe_failure
 from farpoint.limits import DEFAULT_LIMITS
 from farpoint.names import check_note
+from farpoint.peer import LOCAL
 from farpoint.protocol import transfer as states
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import ID, PAYLOAD, brief
@@ -52,8 +53,6 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str | None": ("a short text, or nothing", lambda v: v is None or type(v) is str and len(v) <= 128),
     "Any": ("nothing: the payload comes beside the fields", lambda v: v is None),
 }
-LOCAL = 0
-"""The holder that a worker is in its own list."""
 
 
 class Movers:
@@ -206,7 +205,14 @@ class Movers:
         # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
         peer = self._worker.peer(guest.name, guest.url)
         again: Callable[[], None] = lambda: self._worker.execute(guest, number, message)  # noqa: E731
-        if peer.defer(lambda error: again() if error is None else None) or self._doubts(peer, guest, again):
+
+        def greeted(error: FarpointError | None) -> None:
+            if error is None:
+                again()
+            else:
+                guest.fail(number, describe_failure(error, self._worker.id, "TRANSFER", expose=False))
+
+        if peer.defer(greeted) or self._doubts(peer, guest, again):
             return
         here, there = self._states.incarnation, int.from_bytes(guest.incarnation, "big")
         self._carry_out(self._states.receive(guest.name, there, here, parsed), guest)
@@ -234,6 +240,14 @@ class Movers:
             peer.ask([int(Kind.DESCRIBE), []], answered)
             self._worker.dirty.add(peer)
         return True
+
+    def unheard(self, peer: Peer, transfer: int, reason: str) -> None:
+        """Learn that another worker could not take what it was told about a transfer. It is not moved then, or told again."""
+        with self._worker.lock:
+            if transfer in self._ends:
+                self._carry_out(self._states.abort(transfer, f"{peer.name}: {reason}"))
+            if peer.name in self._states.open_peers():
+                self._worker.look_after(peer.name)
 
     def peer_back(self, peer: Peer) -> None:
         """Learn that a session with another worker begins."""
@@ -310,9 +324,9 @@ class Movers:
         told = [int(Kind.TRANSFER), type(message).__name__, fields, payload]
         if payload is not None and payload[0].nbytes >= LARGE and not peer.channel.inline:
             value, payload[0] = payload[0], None
-            peer.channel.stream(told, [3, 0], value)
+            peer.stream(told, [3, 0], value, (LOCAL, message.transfer))
         else:
-            peer.tell(told)
+            peer.tell(told, (LOCAL, message.transfer))
         self._worker.dirty.add(peer)
 
     def _stage(self, effect: states.Stage, source: Guest | None) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,6 +18,7 @@ import torch
 
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
+from farpoint.bulk import Stream
 from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
     FarpointError,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 PROMISED_BYTES = 16 * 2**20
 _LOOK_SECONDS = 0.1
 
+LOCAL = 0
+"""The holder that a worker is in its own list, and the session that its own moves belong to."""
 RUN, DEFINE, SYNC = int(Kind.RUN), int(Kind.DEFINE), int(Kind.SYNC)
 
 
@@ -339,8 +343,19 @@ class Peer:
             self._issued.append((self.channel.submit(message), origin))
             self._promised += nbytes
             full = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
-        if full and origin is not NOWHERE:
+        if full and isinstance(origin[0], CodeType):
             self.soon()
+
+    def stream(self, message: list[Any], path: list[int], tensor: torch.Tensor, origin: Origin) -> Stream:
+        """Issue a command with a large tensor, for `flush` to send in chunks, and do not wait for it.
+
+        Args:
+            message: The command.
+            path: Where in it the tensor belongs.
+            tensor: The tensor, dense; nobody changes it.
+            origin: Where the command comes from.
+        """
+        return self.channel.stream(message, path, tensor, 0, lambda number: self._issued.append((number, origin)))
 
     def upload(self, message: list[Any], position: int, tensor: torch.Tensor, origin: Origin = NOWHERE) -> None:
         """Issue a command with a large tensor, and return when it has arrived: until then it must not change.
@@ -354,7 +369,7 @@ class Peer:
         Raises:
             SynchronizationTimeoutError: The worker takes no more of it. Then it was taken back.
         """
-        stream = self.channel.stream(message, [position], tensor, 0, lambda number: self._issued.append((number, origin)))
+        stream = self.stream(message, [position], tensor, origin)
         try:
             with progress_bar(f"to {self.name}", stream.total) as bar:
                 self.flush()
@@ -522,6 +537,9 @@ class Peer:
 
     def _note(self, about: int, failure: dict[str, Any]) -> None:
         origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
+        if origin[0] == LOCAL:  # it was said about a move
+            self.owner.movers.unheard(self, origin[1], failure["text"])
+            return
         if isinstance(origin[0], int):  # it was passed on: whoever issued it is told instead
             guest = self.owner.guests.get(origin[0])
             if guest is not None:
