@@ -22,6 +22,7 @@ from farpoint.errors import (
 from farpoint.failures import describe_failure
 from farpoint.limits import DEFAULT_LIMITS
 from farpoint.names import check_note
+from farpoint.peer import LOCAL
 from farpoint.protocol import transfer as states
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import ID, PAYLOAD, brief
@@ -50,8 +51,6 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str | None": ("a short text, or nothing", lambda v: v is None or type(v) is str and len(v) <= 128),
     "Any": ("nothing: the payload comes beside the fields", lambda v: v is None),
 }
-LOCAL = 0
-"""The holder that a worker is in its own list."""
 
 
 class Movers:
@@ -65,6 +64,7 @@ class Movers:
         self._expected: dict[int, Guest] = {}
         self._awaiting: dict[int, list[Callable[[], None]]] = {}
         self._ends: dict[int, tuple[Callable[[], None], Callable[[str], None]]] = {}
+        self._doubtful: dict[Peer, list[Callable[[], None]]] = {}
 
     def move(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Take a MOVE: begin it if the data is here, or pass it on along the chain."""
@@ -195,12 +195,51 @@ class Movers:
         if isinstance(parsed, states.Push):
             parsed = attrs.evolve(parsed, payload=payload)
         # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
-        if self._worker.introduce(guest.name, guest.url, guest.introduction).defer(
-            lambda error: self._worker.execute(guest, number, message) if error is None else None
-        ):
+        peer = self._worker.introduce(guest.name, guest.url, guest.introduction)
+        again: Callable[[], None] = lambda: self._worker.execute(guest, number, message)  # noqa: E731
+
+        def greeted(error: FarpointError | None) -> None:
+            if error is None:
+                again()
+            else:
+                guest.fail(number, describe_failure(error, self._worker.id, "TRANSFER", expose=False))
+
+        if peer.defer(greeted) or self._doubts(peer, guest, again):
             return
         here, there = self._states.incarnation, int.from_bytes(guest.incarnation, "big")
         self._carry_out(self._states.receive(guest.name, there, here, parsed), guest)
+
+    def _doubts(self, peer: Peer, guest: Guest, again: Callable[[], None]) -> bool:
+        """Return whether two lives of a worker speak, one at each end. What the guest says is then carried out if the peer is dead.
+
+        Raises:
+            LimitError: Too much waits for that already.
+        """
+        if peer.incarnation == guest.incarnation:
+            return False
+
+        def answered(answer: Any) -> None:
+            waiting = self._doubtful.pop(peer)
+            if isinstance(answer, FarpointError):
+                for call in waiting:
+                    call()
+
+        limit = self._worker.limits.transfers
+        if len(self._doubtful.setdefault(peer, [])) >= limit:
+            raise LimitError("transfers", limit, f"another message while nobody knows whether {peer.name} has restarted")
+        self._doubtful[peer].append(again)
+        if len(self._doubtful[peer]) == 1:
+            peer.ask([int(Kind.DESCRIBE), []], answered)
+            self._worker.dirty.add(peer)
+        return True
+
+    def unheard(self, peer: Peer, transfer: int, reason: str) -> None:
+        """Learn that another worker could not take what it was told about a transfer. It is not moved then, or told again."""
+        with self._worker.lock:
+            if transfer in self._ends:
+                self._carry_out(self._states.abort(transfer, f"{peer.name}: {reason}"))
+            if peer.name in self._states.open_peers():
+                self._worker.look_after(peer.name)
 
     def peer_back(self, peer: Peer) -> None:
         """Learn that a session with another worker begins."""
@@ -279,9 +318,9 @@ class Movers:
         told = [int(Kind.TRANSFER), type(message).__name__, fields, payload]
         if payload is not None and payload[0].nbytes >= LARGE and not peer.channel.inline:
             value, payload[0] = payload[0], None
-            peer.channel.stream(told, [3, 0], value)
+            peer.stream(told, [3, 0], value, (LOCAL, message.transfer))
         else:
-            peer.tell(told)
+            peer.tell(told, (LOCAL, message.transfer))
         self._worker.dirty.add(peer)
 
     def _stage(self, effect: states.Stage, source: Guest | None) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -19,6 +20,7 @@ from farpoint.about import read_versions
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
 from farpoint.blocking import is_blocking
+from farpoint.bulk import Stream
 from farpoint.capability import HOLD_SECONDS, MOVE_SECONDS, narrow
 from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 PROMISED_BYTES = 16 * 2**20
 _LOOK_SECONDS = 0.1
 
+LOCAL = 0
+"""The holder that a worker is in its own list, and the session that its own moves belong to."""
 RUN, DEFINE, SYNC = int(Kind.RUN), int(Kind.DEFINE), int(Kind.SYNC)
 
 
@@ -157,7 +161,9 @@ class Peer:
             FarpointError: There is nobody, or somebody else, or we are refused.
         """
         self._approach = Approach(self)
-        if self.channel.may_wait() or plugins.transport(self.url).inline:
+        # The welcome needs the owner's lock.
+        locked = self.owner.lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition does
+        if not locked and self.channel.may_wait() or plugins.transport(self.url).inline:
             self._dial(self._approach)
             return
         threading.Thread(target=self._dial_alone, name=f"farpoint dials {self.url}", daemon=True).start()
@@ -323,7 +329,7 @@ class Peer:
             due = channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
         if due:
             self.soon()
-        if is_blocking() and origin is not NOWHERE:
+        if is_blocking() and isinstance(origin[0], CodeType):
             self.prove()
 
     def prove(self) -> None:
@@ -394,10 +400,21 @@ class Peer:
             self._issued.append((self.channel.submit(message), origin))
             self._promised += nbytes
             full = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
-        if full and origin is not NOWHERE:
+        if full and isinstance(origin[0], CodeType):
             self.soon()
-        if is_blocking() and origin is not NOWHERE:
+        if is_blocking() and isinstance(origin[0], CodeType):
             self.prove()
+
+    def stream(self, message: list[Any], path: list[int], tensor: torch.Tensor, origin: Origin) -> Stream:
+        """Issue a command with a large tensor, for `flush` to send in chunks, and do not wait for it.
+
+        Args:
+            message: The command.
+            path: Where in it the tensor belongs.
+            tensor: The tensor, dense; nobody changes it.
+            origin: Where the command comes from.
+        """
+        return self.channel.stream(message, path, tensor, 0, lambda number: self._issued.append((number, origin)))
 
     def upload(self, message: list[Any], position: int, tensor: torch.Tensor, origin: Origin = NOWHERE) -> None:
         """Issue a command with a large tensor, and return when it has arrived: until then it must not change.
@@ -411,7 +428,7 @@ class Peer:
         Raises:
             SynchronizationTimeoutError: The worker takes no more of it. Then it was taken back.
         """
-        stream = self.channel.stream(message, [position], tensor, 0, lambda number: self._issued.append((number, origin)))
+        stream = self.stream(message, [position], tensor, origin)
         try:
             with progress_bar(f"to {self.name}", stream.total) as bar:
                 self.flush()
@@ -579,6 +596,9 @@ class Peer:
 
     def _note(self, about: int, failure: dict[str, Any], *, awaited: bool) -> None:
         origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
+        if origin[0] == LOCAL:  # it was said about a move
+            self.owner.movers.unheard(self, origin[1], failure["text"])
+            return
         if isinstance(origin[0], int):  # it was passed on: whoever issued it is told instead
             guest = self.owner.guests.get(origin[0])
             if guest is not None:

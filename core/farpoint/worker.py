@@ -156,8 +156,11 @@ class Worker:
             except FarpointError:
                 continue
             if peer.established:
-                break
-        self._sought.discard(name)
+                self._sought.discard(name)
+                with self.lock:
+                    self.movers.peer_back(peer)  # a session that was there all the time does not ask by itself
+                self.settle()
+                return
 
     def guest_lost(self, guest: Guest) -> None:
         """Give up what a client held."""

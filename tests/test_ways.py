@@ -1,0 +1,99 @@
+"""Two workers reach each other by two links, one of each: what happens when one of the two fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import farpoint
+from farpoint.errors import TransportError
+from farpoint.limits import Limits
+from farpoint.remote import RemoteWorker
+from farpoint.testing.transport import eventually
+from farpoint.worker import Worker
+from wire import check_books, check_idle
+
+farpoint.TorchHook(torch)
+SECONDS = 20.0
+LIMITS = Limits(reconnect_seconds=0.2, open_seconds=2.0, close_seconds=0.5)
+NOBODY = "tcp://127.0.0.1:9"
+"""Where nobody listens: that port has been nobody's since the days of the discard service."""
+
+
+@attrs.frozen
+class Place:
+    """A worker of this process behind a socket, and its handle."""
+
+    worker: Worker
+    handle: RemoteWorker
+
+
+@pytest.fixture
+def place() -> Iterator[Callable[..., Place]]:
+    with ExitStack() as stack:
+
+        def make(name: str, limits: Limits = LIMITS, advertise: str = "") -> Place:
+            worker = Worker(f"{name}.way", "tcp://127.0.0.1:0", ["msgpack"], limits=limits, advertise=advertise)
+            stack.callback(worker.close)
+            handle = farpoint.connect(worker.listens, limits=limits)
+            stack.callback(handle.close)
+            return Place(worker, handle)
+
+        yield make
+
+
+def data() -> Any:
+    return torch.arange(4)
+
+
+def begin(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Call something on another thread, for it might never return."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(call, *arguments)
+    executor.shutdown(wait=False)
+    return future
+
+
+def check_empty(*places: Place) -> None:
+    """Assert that nothing is left."""
+    for one in places:
+        one.handle.ping()
+    for one in places:
+        movers = one.worker.movers
+        eventually(lambda store=one.worker.store, m=movers: not store and not m._leaving and not m._staged)  # type: ignore[misc]
+        check_books(one.worker)
+        check_idle(one.worker)
+
+
+def test_who_holds_the_lock_dials_and_does_not_wait(place: Callable[..., Place]) -> None:
+    bob, alice = place("bob"), place("alice")
+    with bob.worker.lock:
+        peer = bob.worker.peer(alice.worker.id, alice.worker.url)
+        assert not peer.established
+    eventually(lambda: peer.established)
+
+
+def test_a_worker_that_cannot_answer_is_told_of(place: Callable[..., Place]) -> None:
+    bob, alice = place("bob", advertise=NOBODY), place("alice")
+    p = data().send(bob.handle)
+    with pytest.raises(TransportError, match=r"is where it was: alice.way: .*discard|is where it was: alice.way: .*:9: cannot be reached"):
+        begin(p.move, alice.handle).result(SECONDS)
+    assert not alice.worker.store
+    assert torch.equal(p.get(), data())
+    check_empty(bob, alice)
+
+
+def test_a_large_tensor_for_which_there_is_no_room(place: Callable[..., Place]) -> None:
+    bob, alice = place("bob"), place("alice", attrs.evolve(LIMITS, bytes=2**20))
+    x = torch.zeros(2**21, dtype=torch.uint8)
+    p: Any = x.send(bob.handle)  # type: ignore[attr-defined]
+    with pytest.raises(TransportError, match=r"is where it was: alice.way: .* its limit is bytes=1048576"):
+        begin(p.move, alice.handle).result(SECONDS)
+    assert torch.equal(p.get(), x)
+    check_empty(bob, alice)
