@@ -87,6 +87,8 @@ def read(secret: bytes, worker: str, capability: str, now: float) -> dict[str, s
                 raise CapabilityError(worker, "it has expired")
         elif found.get(kind, value) != value:
             raise CapabilityError(worker, f"it is for {kind} {found[kind][:64]!r} and {value[:64]!r} at once")
+        elif kind == "session" and not (value.isdecimal() and len(value) <= 20):
+            raise CapabilityError(worker, f"its session {value[:64]!r} is no number")
         found[kind] = value
     return found
 

@@ -26,7 +26,7 @@ from farpoint.failures import describe_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
-from farpoint.protocol.shapes import HELLO, brief
+from farpoint.protocol.shapes import HELLO, OPTIONAL_IN_HELLO, brief
 from farpoint.quota import Quota
 from farpoint.serializer import Frame
 from farpoint.template import Template
@@ -83,15 +83,16 @@ class Doorstep:
             version = hello.get("farpoint") if isinstance(hello, dict) else hello
             if version != 1:
                 return {"refused": f"{worker.id} speaks protocol 1, not {brief(version)}"}
+            hello = {**OPTIONAL_IN_HELLO, **hello}
             HELLO.check_map(hello, worker.limits)
         except (ValueError, RecursionError, FarpointError) as error:
             return {"refused": f"this is not the greeting of a farpoint client: {str(error)[:200]}"}
-        if hello.get("taken") is not None:
-            return self._take_back(hello)
         known = plugins.serializer_names()
         shared = [name for name in hello["serializers"] if name in known]
         if not shared:
             return {"refused": f"none of the serializers that were offered is known here; known: {known}"}
+        if hello["taken"] is not None:
+            return self._take_back(hello, shared[0])
         if len(worker.guests) >= worker.limits.links:
             return {"refused": f"{worker.id} has {worker.limits.links} clients, as many as it takes"}
         try:
@@ -118,12 +119,12 @@ class Doorstep:
             **VERSIONS,
         }
 
-    def _take_back(self, hello: dict[str, Any]) -> dict[str, Any]:
+    def _take_back(self, hello: dict[str, Any], serializer: str) -> dict[str, Any]:
         """Answer a client that had a session here: with how much of it has come, if it is still there."""
         worker = self._worker
-        answer = {"worker": worker.id, "incarnation": worker.incarnation.hex(), "serializer": hello["serializers"][0]}
+        answer = {"worker": worker.id, "incarnation": worker.incarnation.hex(), "serializer": serializer}
         guest = worker.guests.get(hello["session"])
-        if guest is None or not guest.secret or not hmac.compare_digest(guest.secret, str(hello.get("secret")).encode()):
+        if guest is None or not guest.secret or not hmac.compare_digest(guest.secret, (hello["secret"] or "").encode()):
             return answer
         if guest.identity != self._link.identity:
             return {"refused": "this session belongs to somebody with another certificate"}
@@ -172,10 +173,10 @@ class Guest:
         self.name: str = hello["client"]
         self.url: str = hello["url"]
         self.holder: int = hello["session"]
-        self.secret = str(hello.get("secret") or "").encode()
+        self.secret = (hello["secret"] or "").encode()
         self.incarnation = bytes.fromhex(hello["incarnation"])
         self.introduced = introduced
-        self.introduction = str(hello.get("introduction") or "")[: worker.limits.capability_chars]
+        self.introduction: str = hello["introduction"] or ""
         self.held: set[int] = worker.holders.held(self.holder)
         self.quota = Quota(worker.id, worker.store, self.held, worker.limits)
         self.templates: dict[int, Template] = {}

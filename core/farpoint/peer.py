@@ -216,7 +216,7 @@ class Peer:
             self.advertised = url
         capability: Any = welcome.get("capability")
         clock: Any = welcome.get("clock")
-        if type(capability) is str and capability.isascii() and type(clock) in (int, float):
+        if type(capability) is str and capability.isascii() and type(clock) in (int, float) and abs(clock) < 2**53:
             self.capability = capability[: self.limits.capability_chars]
             self._ahead = float(clock) - time.time()
         self.name = self.channel.name = welcome["worker"]

@@ -279,7 +279,7 @@ WHOLE: Final = Shape(
     dtype=text("name_chars"),
     shape=listed(integer(0, _MAX_SIZE), "tensor_dims"),
     checksum=integer(0, 2**32 - 1),
-    path=listed(integer(0, 15), "depth"),
+    path=Field("a list of 1 or more indices", lambda v: type(v) is list and bool(v), "depth", integer(0, 15)),
     message=_LIST,
 )
 
@@ -301,8 +301,13 @@ HELLO: Final = Shape(
     url=URL,
     session=ID,
     serializers=listed(text("name_chars"), "map_items"),
+    secret=optional(Field("a text of ASCII characters", lambda v: type(v) is str and v.isascii(), "capability_chars")),
+    introduction=optional(CAPABILITY),
+    taken=optional(integer(0, MAX_ID - 1)),
     **_GREETING,
 )
+"""What a client says first; and what stands for those parts of it that it may leave out."""
+OPTIONAL_IN_HELLO: Final = {"secret": None, "introduction": None, "taken": None}
 WELCOME: Final = Shape("the welcome", worker=NAME, serializer=text("name_chars"), **_GREETING)
 
 
