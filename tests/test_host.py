@@ -31,13 +31,14 @@ run = pytest.fixture(running)
 
 
 @pytest.fixture
-def refused() -> Iterator[Callable[..., tuple[int, str]]]:
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str]]]:
     """Return a function that runs a worker that must not start, and returns its exit code and what it says.
 
     In this process: to start another one takes seconds.
     """
     logger = logging.getLogger("farpoint")
     before = logger.handlers, logger.level, logger.propagate
+    monkeypatch.setattr("farpoint.host._wait", lambda *_, **__: None)  # one that starts after all ends at once
 
     def run(*words: str) -> tuple[int, str]:
         done = CliRunner().invoke(app, ["worker", *words])
