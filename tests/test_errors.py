@@ -60,6 +60,7 @@ SAMPLES: list[FarpointError] = [
     errors.StaleIncarnationError("an earlier life was meant"),
     errors.TransportError("virtual://bob", "the token is not accepted there"),
     errors.UnreachableError("tcp://alice:1", "connection refused", "move with relay=True", "bob", "alice"),
+    errors.NotAdmittedError("virtual://bob", "the token is not accepted there", "farpoint.connect(url, token=...)"),
     errors.NobodyListensError("virtual://bob", "nobody listens there"),
     errors.SynchronizationTimeoutError("bob", 2.5, "the link is gone"),
     errors.PluginError("serializer", "cbor", "no plugin provides it", ("msgpack", "torch"), "pip install farpoint-cbor"),
@@ -137,7 +138,7 @@ class TestCatalogue:
         if type(error).__name__ in BASES:
             return  # they have no words of their own
         next_step = (
-            r"p\.get\(|get\(keep=True\)|p\.move\(|\.search\(|VirtualWorker\(|relay=True|connect again|correct that call|Ask whoever|"
+            r"p\.get\(|get\(keep=True\)|p\.move\(|\.search\(|VirtualWorker\(|relay=True|connect\(url|connect again|correct that call|Ask whoever|"
             r"get\(\) the operands|use a #|Convert it first|farpoint --version|Limits\(|Connect again|repeat the call|"
             r"same call may be repeated|pip install|num_workers=0|leave out= away|give --tls-cert"
         )

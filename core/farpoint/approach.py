@@ -18,6 +18,7 @@ from farpoint.errors import (
     FarpointError,
     MalformedMessageError,
     NobodyListensError,
+    NotAdmittedError,
     ProtocolError,
     SynchronizationTimeoutError,
     TransportError,
@@ -75,7 +76,7 @@ class Approach:
         if self._resumes:
             hello["taken"] = peer.channel.session.taken
             if credentials.token.startswith(PREFIX):  # what we came in with was good for the first time only
-                credentials = attrs.evolve(credentials, token=peer.capability)
+                credentials = attrs.evolve(credentials, token=owner.credentials.token or peer.capability)
         elif owner.url and not transport.inline:
             hello["introduction"] = owner.doorman.introduce(peer)
         self._link = transport.connect(peer.url, self, credentials)
@@ -181,6 +182,9 @@ def come_back(peer: Peer, cause: Exception) -> None:
         patience = peer.limits.lease_seconds
         if isinstance(reason, NobodyListensError):
             patience = min(patience, peer.limits.reconnect_seconds)
+        elif isinstance(reason, NotAdmittedError) and peer.invited:
+            reason = WorkerLostError(peer.name, "it does not know our session any more")
+            break
         elif isinstance(reason, ProtocolError):
             break
         if time.monotonic() - began > patience:

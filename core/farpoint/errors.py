@@ -32,6 +32,7 @@ what to type next::
     │   └── StaleIncarnationError             it speaks to an earlier life of this process
     ├── TransportError (ConnectionError)    a link could not be made, or broke
     │   ├── NobodyListensError                nobody listens where it was to lead
+    │   ├── NotAdmittedError                  the token is missing or wrong
     │   └── UnreachableError                  a worker does not reach another one
     ├── SynchronizationTimeoutError (TimeoutError)  nothing arrived for too long
     └── PluginError (RuntimeError)          a plugin is missing, broken or clashes with another
@@ -495,6 +496,10 @@ class TransportError(FarpointError, ConnectionError):
 
 class NobodyListensError(TransportError):
     """Nobody listens where a link was to lead: the worker is not running, or runs elsewhere."""
+
+
+class NotAdmittedError(TransportError):
+    """Somebody listens, and does not let us in: the token is missing, wrong, or no good any more."""
 
 
 class UnreachableError(TransportError):

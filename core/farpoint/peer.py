@@ -21,7 +21,7 @@ from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.approach import Approach, come_back
 from farpoint.blocking import is_blocking
 from farpoint.bulk import Stream
-from farpoint.capability import HOLD_SECONDS, MOVE_SECONDS, narrow
+from farpoint.capability import HOLD_SECONDS, MOVE_SECONDS, PREFIX, narrow
 from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
     FarpointError,
@@ -143,6 +143,11 @@ class Peer:
         self.incarnation = b""
         self.channel = Channel(name, self._deliver, self._after)
         self.channel.session = Session(owner.incarnation, self.incarnation, self.limits)
+
+    @property
+    def invited(self) -> bool:
+        """Whether we have nothing to show there but what the worker itself has given us."""
+        return self.credentials.token.startswith(PREFIX) and not self.owner.credentials.token
 
     @property
     def established(self) -> bool:

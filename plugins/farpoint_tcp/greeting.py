@@ -7,7 +7,7 @@ import ssl
 import struct
 import time
 
-from farpoint.errors import DecodeError, TransportError
+from farpoint.errors import DecodeError, NotAdmittedError, TransportError
 from farpoint_tcp.framing import ANSWER_MAGIC, MAGIC, TOKEN_BYTES, VERSION, Answer, greeting
 
 _REFUSALS = {
@@ -103,7 +103,8 @@ def introduce(sock: socket.socket, url: str, token: bytes, deadline: Deadline) -
     if version != VERSION or said not in set(Answer):
         said = Answer.OTHER_VERSION
     if said != Answer.WELCOME:
-        raise TransportError(url, _REFUSALS[Answer(said)])
+        kind = NotAdmittedError if said == Answer.NOT_LET_IN else TransportError
+        raise kind(url, _REFUSALS[Answer(said)])
 
 
 def meet(sock: socket.socket, deadline: Deadline) -> str:

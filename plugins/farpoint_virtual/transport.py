@@ -11,7 +11,7 @@ from typing import ClassVar
 import attrs
 
 from farpoint.access import EVERYBODY, NO_CREDENTIALS, Admission, Credentials
-from farpoint.errors import NobodyListensError, TransportError
+from farpoint.errors import NobodyListensError, NotAdmittedError, TransportError
 from farpoint.serializer import Frame
 from farpoint.transport import Accept, Link, Listener, Receiver, Transport
 
@@ -154,7 +154,7 @@ class VirtualTransport(Transport):
             listener = self._listeners.get(name)
             names = sorted(self._listeners)
         if listener is not None and not listener.admission.admits(credentials.token):
-            raise TransportError(url, "the token is not accepted there")
+            raise NotAdmittedError(url, "the token is not accepted there")
         if listener is None:
             listed = ", ".join(PREFIX + known for known in names) or "nobody"
             raise NobodyListensError(url, f"nobody listens there (in this process listen: {listed})")

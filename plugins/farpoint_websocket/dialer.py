@@ -19,7 +19,7 @@ from websockets.exceptions import (
 from websockets.typing import Subprotocol
 
 from farpoint.access import Credentials
-from farpoint.errors import NobodyListensError, TransportError
+from farpoint.errors import NobodyListensError, NotAdmittedError, TransportError
 from farpoint_websocket.connection import WRITE_LIMIT, ClientEnd, Dial, logger
 from farpoint_websocket.exchange import describe
 from farpoint_websocket.link import WebsocketLink
@@ -52,7 +52,7 @@ def dial(runner: Runner, place: Place, credentials: Credentials) -> WebsocketLin
     except TransportError:
         raise
     except Exception as error:
-        kind = NobodyListensError if _refused(error) else TransportError
+        kind = NobodyListensError if _refused(error) else NotAdmittedError if _turned_away(error) else TransportError
         raise kind(place.url, explain(error, place, credentials)) from error
 
 
@@ -134,6 +134,11 @@ def explain(error: Exception, place: Place, credentials: Credentials) -> str:
     if isinstance(error, ConnectionClosed):
         return describe(error)
     return f"it cannot be reached: {error}; check host and port"
+
+
+def _turned_away(error: Exception) -> bool:
+    shut = (HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS)
+    return isinstance(error, InvalidStatus) and error.response.status_code in shut
 
 
 def _refused(error: Exception) -> bool:
