@@ -235,3 +235,17 @@ class Remembered:
         caveats = [base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in capability.split(".")[2:-1]]
         self._reference = self
         self.id = int(next(c for c in caveats if c.startswith(b"object=")).partition(b"=")[2])
+
+
+def test_a_worker_dials_only_where_its_operator_lets_it() -> None:
+    url = plugins.transport("tcp://").local_url("bob")
+    bob = Worker("bob-listed", url, ["msgpack"], reachable=("tcp://127.0.0.1:7", "tls://*.example.org:*"))
+    alice = Worker("alice-listed", url, ["msgpack"])
+    near, far = farpoint.connect(bob.url), farpoint.connect(alice.url)
+    p = torch.ones(2).send(far)  # type: ignore[attr-defined]  # the hook's
+    for call in (lambda: p.send(near).get(), lambda: torch.zeros(1).send(near).move(far)):  # type: ignore[attr-defined]  # the hook's
+        with pytest.raises(PermissionDeniedError, match="none of the addresses that its operator has listed"):
+            call()
+    assert p.get().tolist() == [1.0, 1.0]
+    for end in (near, far, bob, alice):
+        end.close()

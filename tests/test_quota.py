@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+import farpoint
+from farpoint import QuotaError, RemoteWorker
 from farpoint.limits import Limits
 from farpoint.protocol.messages import Kind
 from farpoint.worker import Worker
@@ -157,3 +160,20 @@ class TestQuotas:
         silent.close()
 
 
+
+
+def test_what_was_given_up_makes_room_for_what_follows() -> None:
+    farpoint.TorchHook(torch)
+    name = f"small-{next(numbers)}"
+    worker = Worker(name, f"virtual://{name}", ["msgpack"], limits=Limits(objects=2))
+    handle = RemoteWorker(name, worker.url)
+    x: Any = torch.ones(2)
+    p, q = x.send(handle), x.send(handle)
+    del p
+    assert x.send(handle).get().tolist() == [1.0, 1.0]
+    third = x.send(handle)
+    with pytest.raises(QuotaError, match="objects=2"):
+        x.send(handle).get()
+    del q, third
+    handle.close()
+    worker.close()

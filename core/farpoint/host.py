@@ -46,6 +46,8 @@ class Hosting:
         origins: Web pages that may open a link.
         device: Where operations run.
         limits: What it puts up with.
+        reachable: Patterns of the URLs that it dials when a client introduces a worker; none for all.
+        isolate: Whether the operations of each session run in a process of its own.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Hosting:
     origins: tuple[str, ...] = ()
     device: str = "cpu"
     limits: Limits = DEFAULT_LIMITS
+    reachable: tuple[str, ...] = ()
+    isolate: bool = False
 
     def check(self) -> None:
         """Refuse what would let strangers in, and what nobody could reach.
@@ -204,6 +208,8 @@ def host(hosting: Hosting, announce: Callable[[Worker], None], *, until_eof: boo
             admission=hosting.admission(),
             credentials=hosting.credentials(),
             advertise=hosting.advertise,
+            reachable=hosting.reachable,
+            isolate=hosting.isolate,
         )
         try:
             announce(worker)

@@ -127,7 +127,8 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     if operation.data_dependent and not _integer_index(operation, specs):
         _check(signature.template)
         return signature
-    size = sum(_span(s) * s.dtype.itemsize for s in specs)
+    # What is expanded takes little memory, and as long as if it took all of it.
+    size = sum(max(_span(s), math.prod(s.shape)) * s.dtype.itemsize for s in specs)
     try:
         tensors, result = _dry_run(operation, args, kwargs, specs)
     except Exception as error:

@@ -28,6 +28,7 @@ from farpoint.errors import (
     LimitError,
     MalformedMessageError,
     NobodyListensError,
+    ObjectNotFoundError,
     ProtocolError,
     SynchronizationTimeoutError,
     TransportError,
@@ -402,6 +403,7 @@ class Peer:
         if self.channel.session.submitted >= self._room:
             self.make_room()
         with self.channel.lock:
+            self._drop()  # before it: there may be no room for both
             self._issued.append((self.channel.submit(message), origin))
             self._promised += nbytes
             full = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
@@ -479,7 +481,10 @@ class Peer:
         if not reply.done.is_set():
             self._await(reply.done, seconds)
         if reply.error is not None:
-            raise self.error(reply.error)
+            error = self.error(reply.error)
+            if isinstance(error, ObjectNotFoundError):
+                self.raise_orphan()  # what should have made the object has failed, and left nothing that could say so
+            raise error
         return reply.value
 
     def _await(self, done: threading.Event, seconds: float | None, look: Callable[[], object] = lambda: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
@@ -51,6 +52,7 @@ class Worker:
         admission: Whom it lets in.
         credentials: What it shows where it dials itself.
         advertise: Where others shall dial, if that is not where it listens.
+        reachable: Patterns of the URLs that it dials when a client introduces a worker; none for all.
         isolate: Whether the operations of each session run in a process of its own, with a memory limit and a deadline.
 
     Raises:
@@ -68,6 +70,7 @@ class Worker:
         admission: Admission = EVERYBODY,
         credentials: Credentials | None = None,
         advertise: str = "",
+        reachable: tuple[str, ...] = (),
         isolate: bool = False,
     ) -> None:
         if not NAME.holds(name) or len(name) > limits.name_chars:
@@ -89,6 +92,7 @@ class Worker:
         self.lock = threading.RLock()
         self.expose_tracebacks = True
         self.movers = Movers(self)
+        self._reachable = reachable
         self.doorman = Doorman(self)
         self._sought: set[str] = set()
         self._closed = threading.Event()
@@ -272,8 +276,13 @@ class Worker:
 
         Raises:
             LimitError: There are too many already.
+            PermissionDeniedError: The operator has listed others.
             WorkerNotFoundError: Nobody said where it listens.
         """
+        known = self.peers.get(name)
+        dials = url and (known is None or known.channel.lost is not None)
+        if dials and self._reachable and not any(fnmatchcase(url, pattern) for pattern in self._reachable):
+            raise PermissionDeniedError(self.id, "dial", f"{url} is none of the addresses that its operator has listed")
         if name not in self.peers and len(self.peers) >= self.limits.links:
             self.peers = {known: peer for known, peer in self.peers.items() if peer.channel.lost is None}
         if name not in self.peers and len(self.peers) >= self.limits.links:

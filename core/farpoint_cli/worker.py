@@ -63,6 +63,13 @@ def worker(
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="What it puts up with, like bytes=1000000. Repeatable.")
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Dial only workers here, like tls://*.example.org:9000. Repeatable. By default any that a client names."),
+    ] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Run the operations of each session in a process of its own, with a memory limit and a deadline.")
+    ] = False,
     log_format: Annotated[LogFormat, typer.Option(help="How the log on standard error is written.")] = LogFormat.text,
     quiet: Annotated[bool, typer.Option("--quiet", help="Log only what goes wrong.")] = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
@@ -97,6 +104,8 @@ def worker(
             origins=tuple(origin or ()),
             device=device,
             limits=limits,
+            reachable=tuple(peer or ()),
+            isolate=isolate,
         )
 
         def announce(made: Worker) -> None:
