@@ -12,8 +12,6 @@ from pathlib import Path
 
 import attrs
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
 
@@ -34,8 +32,27 @@ class Growth:
     heap_peak: int
 
     def __str__(self) -> str:
-        resident = "not known here" if self.peak is None else f"peak +{_size(self.peak)}, kept {_size(self.kept or 0)}"
-        return f"resident: {resident}; Python heap: peak +{_size(self.heap_peak)}, kept {_size(self.heap_kept)}"
+        resident = "not known here" if self.peak is None else f"peak +{size(self.peak)}, kept {size(self.kept or 0)}"
+        return f"resident: {resident}; Python heap: peak +{size(self.heap_peak)}, kept {size(self.heap_kept)}"
+
+
+class Peak:
+    """The most memory that is resident in a process from now on, above what is now, as Linux counts it.
+
+    Args:
+        pid: The process: this one if not given, or another one of this user.
+    """
+
+    def __init__(self, pid: int | str = "self") -> None:
+        self._pid = pid
+        self._before = _resident("VmRSS", pid)
+        if self._before is not None:
+            _clear_refs(pid).write_text(_RESET_PEAK, encoding="ascii")
+
+    def growth(self) -> int | None:
+        """Return it in bytes, None where Linux does not tell."""
+        peak = _resident("VmHWM", self._pid)
+        return None if peak is None or self._before is None else peak - self._before
 
 
 def growth(work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> Growth:
@@ -47,10 +64,9 @@ def growth(work: Callable[[], object], settle: Callable[[], object] = lambda: No
     """
     _trim(settle)
     before = _resident("VmRSS")
-    if before is not None:
-        _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+    resident = Peak()
     work()
-    peak = _resident("VmHWM")
+    peak = resident.growth()
     _trim(settle)
     after = _resident("VmRSS")
     tracemalloc.start()
@@ -64,7 +80,7 @@ def growth(work: Callable[[], object], settle: Callable[[], object] = lambda: No
         tracemalloc.stop()
     if before is None or peak is None or after is None:
         return Growth(None, None, heap_kept, heap_peak)
-    return Growth(after - before, peak - before, heap_kept, heap_peak)
+    return Growth(after - before, peak, heap_kept, heap_peak)
 
 
 def _trim(settle: Callable[[], object]) -> None:
@@ -76,12 +92,17 @@ def _trim(settle: Callable[[], object]) -> None:
         trim(0)
 
 
-def _resident(field: str) -> int | None:
-    if not os.access(_CLEAR_REFS, os.W_OK):
+def _clear_refs(pid: int | str) -> Path:
+    return Path(f"/proc/{pid}/clear_refs")
+
+
+def _resident(field: str, pid: int | str = "self") -> int | None:
+    if not os.access(_clear_refs(pid), os.W_OK):
         return None
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Return a number of bytes for people."""
     return f"{count / 2**20:.1f} MiB" if abs(count) >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -22,7 +22,7 @@ from farpoint.limits import Limits
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.protocol.shapes import CHUNK, WHOLE, brief
-from farpoint.tensors import DTYPE_NAMES, DTYPES, check_shape, payload
+from farpoint.tensors import DTYPE_NAMES, DTYPES, check_shape, payload, room_for
 
 if TYPE_CHECKING:
     from farpoint.channel import Channel
@@ -273,7 +273,7 @@ class Bulk:
             if total > self._limits.message_bytes:
                 raise LimitError("message_bytes", self._limits.message_bytes, f"a tensor of {total} bytes")
             self._admit(sum(other.total for other in self._arrivals.values() if other.refusal is None))
-            arrival.bytes = torch.empty(total, dtype=torch.uint8)
+            arrival.bytes = room_for(total)
         except FarpointError as error:
             arrival.refusal = error.with_traceback(None)
         except RuntimeError:

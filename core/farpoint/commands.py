@@ -28,7 +28,7 @@ from farpoint.quota import weigh
 from farpoint.spec import describe_tensor, spec_from_wire
 from farpoint.stored import Poisoned, StoredPointer
 from farpoint.template import Template
-from farpoint.tensors import dense
+from farpoint.tensors import dense, snapshot
 
 if TYPE_CHECKING:
     from farpoint.guest import Guest
@@ -276,7 +276,7 @@ class Commands:
             plain = dense(value)
             if value.nbytes >= LARGE and not guest.channel.inline:
                 # It leaves in chunks, and commands that follow, which may change it, do not wait for that.
-                plain = plain.clone() if plain.data_ptr() == value.data_ptr() else plain
+                plain = snapshot(plain) if plain.data_ptr() == value.data_ptr() else plain
                 guest.answer_in_chunks(number, ["tensor", None, *about], 1, plain)
                 return
             if plain.data_ptr() == value.data_ptr():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 from typing import Final
 
@@ -24,6 +25,9 @@ DTYPE_NAMES: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in DTY
 _LARGEST_DIM = 2**40
 
 _Window = ctypes.c_ubyte * 2**46
+
+_HUGE_PAGE = 2 * 2**20
+_HUGE_PAGES: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
 
 _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -64,6 +68,28 @@ def payload(tensor: torch.Tensor) -> memoryview:
     raw = _Window.from_address(address)
     raw.owner = tensor  # type: ignore[attr-defined]  # a ctypes array takes attributes, typeshed does not say so
     return memoryview(raw).cast("B")[:size]
+
+
+def room_for(nbytes: int) -> torch.Tensor:
+    """Return bytes that are not set, for a large tensor: in huge pages, where the system has them.
+
+    The kernel gives a page when it is first written to, and for pages of 4 KiB that takes longer than writing them.
+
+    Raises:
+        RuntimeError: There is not as much memory.
+    """
+    room = torch.empty(nbytes, dtype=torch.uint8)
+    if _HUGE_PAGES is not None:
+        begin, end = (address // _HUGE_PAGE * _HUGE_PAGE for address in (room.data_ptr() + _HUGE_PAGE - 1, room.data_ptr() + nbytes))
+        if begin < end:
+            # A kernel without them refuses; small pages do as well.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _HUGE_PAGES)
+    return room
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a large tensor that `dense` returned."""
+    return room_for(tensor.nbytes).copy_(tensor.view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 def check_shape(dtype: str, shape: object, limits: Limits) -> int:
