@@ -167,7 +167,7 @@ def status(keeper: Door, host: str, request: Headers) -> HTTPStatus | None:
 
 def test_tokens_are_never_logged(listen: Open, caplog: pytest.LogCaptureFixture) -> None:
     """The library writes the headers of requests at level DEBUG; here they hold tokens."""
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.INFO, "farpoint.websocket"):
         assert works(listen(tokens=(SECRET,)).url, Credentials(token=SECRET))
     assert "connection open" in caplog.text and SECRET not in caplog.text
 

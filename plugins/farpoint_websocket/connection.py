@@ -33,8 +33,9 @@ FLOOD = 4 * MAX_CHUNK
 """Bytes in the write buffer that only somebody can cause who sends pings and does not read the answers."""
 
 logger = logging.getLogger("farpoint.websocket")
-# At level DEBUG the library writes the headers of each request, and with them the tokens.
-logger.setLevel(logging.INFO)
+# At level DEBUG the library writes the headers of each request, and with them the tokens; at INFO each connection, of which the
+# worker itself says more.
+logger.setLevel(logging.WARNING)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
