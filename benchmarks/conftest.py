@@ -22,18 +22,18 @@ from pytest_farpoint import Combination
 torch.set_num_threads(1)
 farpoint.TorchHook(torch)
 
-_ROWS = pytest.StashKey[list[Row]]()
+ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Leave the reporting to the table below: `--benchmark-verbose` brings that of pytest-benchmark back."""
-    config.stash[_ROWS] = []
+    config.stash[ROWS] = []
     config.option.benchmark_quiet = True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table."""
-    rows = config.stash[_ROWS]
+    rows = config.stash[ROWS]
     if rows:
         terminalreporter.section("farpoint benchmarks")
         if config.option.benchmark_disable:
@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def race(benchmark: BenchmarkFixture, farpoint_combination: Combination, request: pytest.FixtureRequest) -> Race:
     """Return what times lanes and writes rows."""
     group: str = request.node.originalname
-    return Race(benchmark, farpoint_combination, group, request.config.stash[_ROWS])
+    return Race(benchmark, farpoint_combination, group, request.config.stash[ROWS])
 
 
 @pytest.fixture

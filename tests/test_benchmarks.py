@@ -43,6 +43,17 @@ def test_they_run() -> None:
         assert any(line.startswith(f"{row}  ") and " x " in line.removeprefix(row) for line in lines), run.stdout
 
 
+def test_those_of_the_network_run() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_network.py", "--benchmark-disable", "-k", "tcp"]
+    environment = {**os.environ, "FARPOINT_BENCHMARK_MEBIBYTES": "2"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "5 passed" in run.stdout, run.stdout + run.stderr
+    rows = [line.strip() for line in run.stdout.splitlines()]
+    assert "tcp-msgpack-memory" in rows
+    for row in ("bob.ping()", "x.send(bob)", "p.move(alice)", "p.get()", "the same over a chain of two"):
+        assert any(line.startswith(f"{row}  ") and " x " in line.removeprefix(row) for line in rows), run.stdout
+
+
 def test_the_price_of_an_operation_includes_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     lane = Lane("p + p", clock.work, clock.wait, many=10, few=5)
