@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ import torch
 import farpoint
 from farpoint.errors import TransportError
 from farpoint.limits import Limits
+from farpoint.protocol.messages import Kind
 from farpoint.remote import RemoteWorker
 from farpoint.testing.transport import eventually
 from farpoint.worker import Worker
@@ -60,6 +62,21 @@ def begin(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+def lose(place: Place, name: str) -> threading.Event:
+    """Let the next step of that name that comes to a worker be lost. What is returned is set when it was."""
+    commands, lost = place.worker._commands, threading.Event()
+    receive = commands[int(Kind.TRANSFER)]
+
+    def once(guest: Any, number: int, message: list[Any]) -> None:
+        if message[1] == name and not lost.is_set():
+            lost.set()
+        else:
+            receive(guest, number, message)
+
+    commands[int(Kind.TRANSFER)] = once
+    return lost
+
+
 def check_empty(*places: Place) -> None:
     """Assert that nothing is left."""
     for one in places:
@@ -96,4 +113,33 @@ def test_a_large_tensor_for_which_there_is_no_room(place: Callable[..., Place]) 
     with pytest.raises(TransportError, match=r"is where it was: alice.way: .* its limit is bytes=1048576"):
         begin(p.move, alice.handle).result(SECONDS)
     assert torch.equal(p.get(), x)
+    check_empty(bob, alice)
+
+
+@pytest.mark.parametrize("step", ["Prepared", "Activated"])
+def test_what_was_lost_with_the_session_of_the_destination(place: Callable[..., Place], step: str) -> None:
+    bob, alice = place("bob"), place("alice")
+    lost = lose(bob, step)
+    moving = begin(data().send(bob.handle).move, alice.handle)
+    assert lost.wait(SECONDS)
+    alice.worker.peers[bob.worker.id].end(TransportError(bob.worker.url, "given up"))
+    assert torch.equal(moving.result(SECONDS).get(), data())
+    check_empty(bob, alice)
+
+
+@pytest.mark.parametrize("step", ["Push", "Commit"])
+def test_what_was_lost_with_the_session_of_the_source(place: Callable[..., Place], step: str) -> None:
+    bob, alice = place("bob"), place("alice")
+    lost = lose(alice, step)
+    p = data().send(bob.handle)
+    moving = begin(p.move, alice.handle)
+    assert lost.wait(SECONDS)
+    bob.worker.peers[alice.worker.id].end(TransportError(alice.worker.url, "given up"))
+    if step == "Push":
+        with pytest.raises(TransportError, match=r"is where it was: .*given up"):
+            moving.result(SECONDS)
+        assert torch.equal(p.get(), data())
+    else:
+        assert torch.equal(moving.result(SECONDS).get(), data())
+    del p, moving
     check_empty(bob, alice)
