@@ -19,6 +19,7 @@ from farpoint.protocol.messages import Kind
 from farpoint.remote import RemoteWorker
 from farpoint.testing.transport import eventually
 from farpoint.worker import Worker
+from proxy import Proxy
 from wire import check_books, check_idle
 
 farpoint.TorchHook(torch)
@@ -143,3 +144,21 @@ def test_what_was_lost_with_the_session_of_the_source(place: Callable[..., Place
         assert torch.equal(moving.result(SECONDS).get(), data())
     del p, moving
     check_empty(bob, alice)
+
+
+def test_who_speaks_is_not_dead_though_nobody_listens(place: Callable[..., Place]) -> None:
+    alice = place("alice")
+    with Proxy(NOBODY) as reserved:
+        pass
+    bob = place("bob", advertise=reserved.url)
+    port = int(reserved.url.rpartition(":")[2])
+    way = Proxy(bob.worker.listens, port=port)
+    lost = lose(bob, "Prepared")
+    moving = begin(data().send(bob.handle).move, alice.handle)
+    assert lost.wait(SECONDS)
+    way.close()
+    eventually(lambda: alice.worker._sought or alice.worker.store)
+    assert not alice.worker.store, "the object is served twice"
+    with Proxy(bob.worker.listens, port=port):
+        assert torch.equal(moving.result(SECONDS).get(), data())
+        check_empty(bob, alice)
