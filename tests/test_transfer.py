@@ -125,6 +125,7 @@ class World:
         self.refusing = 0.0
         self.doubling = 0.0
         self.volatile_crashes = 0
+        self.buries = False  # whether the volatile dead stay dead in the end
         for number in range(objects):
             worker = self.workers["ABC"[number % 3]]
             worker.store[next(self.ids)] = (number, 0)
@@ -325,6 +326,21 @@ class World:
             raise Violation(f"an honest peer is blamed: {error}") from error
         self.carry_out(worker, effects)
 
+    def bury(self, name: str, peer: str) -> None:
+        """Let a worker learn that another one is dead. Of a durable one nobody may say so: it comes back with what it had."""
+        worker, other = self.workers[name], self.workers[peer]
+        if worker.up and not other.up and not other.durable:
+            self.notice((min(name, peer), max(name, peer)), name)
+            self.carry_out(worker, worker.machine.peer_dead(peer))
+
+    def give_up(self, name: str, peer: str) -> None:
+        """Let a worker that has no link to another one wait no more for it."""
+        pair = (min(name, peer), max(name, peer))
+        self.notice(pair, name)
+        worker = self.workers[name]
+        if worker.up and self.links[pair] is None:
+            self.carry_out(worker, worker.machine.give_up(peer, "given up"))
+
     # The client.
 
     def begin(self, name: str, index: int, other: int) -> None:
@@ -384,8 +400,12 @@ class World:
     def settle(self) -> None:
         """Stop the faults, run until nothing happens, and look at what is left (G4)."""
         self.fuse = None
+        for name, worker in self.workers.items():
+            if worker.durable or not self.buries:
+                self.restart(name)
         for name in self.workers:
-            self.restart(name)
+            for peer in self.workers:
+                self.bury(name, peer)
         for pair, link in self.links.items():
             if link is not None and link.cut:
                 for name in pair:
@@ -401,7 +421,7 @@ class World:
                 break
         else:
             raise Violation("no end")
-        for worker in self.workers.values():
+        for worker in [worker for worker in self.workers.values() if worker.up]:
             for what in ("staged", "withdrawn", "frozen"):
                 if getattr(worker, what):
                     raise Violation(f"{worker.name}: {what} {getattr(worker, what)} left over")
@@ -417,7 +437,7 @@ class World:
             if found and found[0] != version and not self.volatile_crashes:
                 raise Violation(f"object {number} has value {found[0]}, last written {version}")
         for transfer, (name, *_) in self.begun.items():
-            if transfer in self.workers[name].machine:
+            if self.workers[name].up and transfer in self.workers[name].machine:
                 self.begin_again(transfer)
                 if not self.workers[name].answers.get(transfer):
                     raise Violation(f"transfer {transfer} was never answered")
@@ -440,6 +460,8 @@ EVENTS = {
     "crash": (0.0, 0.2, 0.6),
     "fuse": (0.0, 0.2, 0.6),
     "restart": (0.5, 2.0),
+    "bury": (0.0, 1.0),
+    "give up": (0.0, 0.5),
 }
 """What may happen, and how often; each seed draws weights of its own, to be rich in what others lack."""
 
@@ -453,6 +475,7 @@ def simulate(seed: int, steps: int = 120) -> World:
     world.rng = rng
     world.refusing = rng.choice((0.0, 0.0, 0.1, 0.4))
     world.doubling = rng.choice((0.05, 0.4))
+    world.buries = rng.random() < 0.5
     pairs = list(world.links)[: rng.choice((1, 3, 3))]
     names = sorted({name for pair in pairs for name in pair})
     for event in rng.choices(list(EVENTS), [rng.choice(w) for w in EVENTS.values()], k=steps):
@@ -484,6 +507,10 @@ def simulate(seed: int, steps: int = 120) -> World:
             world.fuse = rng.randrange(4)
         elif event == "restart":
             world.restart(name)
+        elif event == "bury":
+            world.bury(*rng.choice((pair, pair[::-1])))
+        elif event == "give up":
+            world.give_up(*rng.choice((pair, pair[::-1])))
     world.settle()
     return world
 
@@ -699,13 +726,85 @@ def test_a_waiting_transfer_starts_when_its_object_is_free() -> None:
 @pytest.mark.parametrize(
     ("state", "expected"),
     [(Leaving.OUT, "Probe"), (Leaving.COMMITTED, "Commit"), (Leaving.ABORTING, "Abort"), (Leaving.MOVED, "")]
-    + [(Arriving.STAGED, ""), (Arriving.LIVE, "Activated"), (Arriving.SETTLED, ""), (Arriving.ABORTED, "")],
+    + [(Arriving.STAGED, "Prepared"), (Arriving.LIVE, "Activated"), (Arriving.SETTLED, ""), (Arriving.ABORTED, "")],
 )
 def test_peer_back(state: Leaving | Arriving, expected: str) -> None:
     machine = machine_in(state)
     machine.peer_lost("bob")
     assert names(machine.peer_back("bob", BOB)) == expected
     assert state_of(machine, type(state)) is state
+
+
+@pytest.mark.parametrize(
+    ("state", "expected", "after"),
+    [
+        (Leaving.WAITING, "Failed,Thaw,Failed", Leaving.ABORTED),
+        (Leaving.OUT, "Thaw,Failed", Leaving.ABORTED),
+        (Leaving.COMMITTED, "Thaw,Failed", Leaving.ABORTED),
+        (Leaving.ABORTING, "", Leaving.ABORTED),
+        (Leaving.MOVED, "", Leaving.MOVED),
+        (Leaving.ABORTED, "", Leaving.ABORTED),
+        (Arriving.STAGED, "Activate", Arriving.UNKNOWN),
+        (Arriving.LIVE, "", Arriving.UNKNOWN),
+        (Arriving.SETTLED, "", Arriving.SETTLED),
+        (Arriving.ABORTED, "", Arriving.ABORTED),
+    ],
+)
+def test_peer_dead(state: Leaving | Arriving, expected: str, after: Leaving | Arriving) -> None:
+    machine = machine_in(state)
+    assert names(machine.peer_dead("bob")) == expected
+    assert state_of(machine, type(state)) is after
+    assert not machine._ground.held and machine.open_peers() == set()
+    assert machine.peer_dead("bob") == []
+
+
+def test_the_death_of_a_stranger() -> None:
+    machine = Transfers(ME)
+    machine.begin(1, OBJECT, "bob", NEW, HOLDER)
+    assert names(machine.peer_dead("bob")) == "Thaw,Failed"
+    assert machine.peer_dead("charlie") == []
+
+
+def test_what_a_durable_worker_has_pushed_waits_for_it() -> None:
+    machine = Transfers(ME)
+    machine.peer_back("bob", BOB)
+    hear(machine, attrs.evolve(PUSH, durable=True))
+    assert machine.peer_dead("bob") == []
+    assert state_of(machine, Arriving) is Arriving.STAGED
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (Leaving.WAITING, "Failed,Thaw,Failed"),
+        (Leaving.OUT, "Thaw,Failed"),
+        (Leaving.COMMITTED, ""),
+        (Leaving.ABORTING, ""),
+        (Leaving.MOVED, ""),
+        (Leaving.ABORTED, ""),
+        (Arriving.STAGED, ""),
+        (Arriving.LIVE, ""),
+        (Arriving.SETTLED, ""),
+        (Arriving.ABORTED, ""),
+    ],
+)
+def test_give_up(state: Leaving | Arriving, expected: str) -> None:
+    machine = machine_in(state)
+    machine.peer_lost("bob")
+    assert names(machine.give_up("bob", "away")) == expected
+    assert machine.give_up("bob", "away") == []
+    again = {Leaving.OUT: "Abort", Leaving.WAITING: "Abort", Leaving.ABORTING: "Abort", Leaving.COMMITTED: "Commit"}
+    again |= {Arriving.STAGED: "Prepared", Arriving.LIVE: "Activated"}  # type: ignore[dict-item]
+    assert names(machine.peer_back("bob", BOB)) == again.get(state, "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("state", "open_"),
+    [(Leaving.WAITING, True), (Leaving.OUT, True), (Leaving.COMMITTED, True), (Leaving.ABORTING, True), (Leaving.MOVED, False)]
+    + [(Arriving.STAGED, True), (Arriving.LIVE, True), (Arriving.SETTLED, False), (Arriving.ABORTED, False)],
+)
+def test_with_whom_something_is_open(state: Leaving | Arriving, open_: bool) -> None:
+    assert machine_in(state).open_peers() == ({"bob"} if open_ else set())
 
 
 def test_an_orphan() -> None:
@@ -796,7 +895,7 @@ def test_restore(state: Leaving | Arriving, expected: list[Effect]) -> None:
     machine = Transfers(11, durable=True)
     assert machine.restore(entries) == expected
     assert (1 in machine) is bool(entries)
-    again = {Leaving.COMMITTED: "Commit", Arriving.LIVE: "Activated"}.get(state, "")
+    again = {Leaving.COMMITTED: "Commit", Arriving.STAGED: "Prepared", Arriving.LIVE: "Activated"}.get(state, "")
     assert names(machine.peer_back("bob", BOB)) == again
 
 
@@ -888,8 +987,9 @@ def abort_without_acknowledgement(patch: pytest.MonkeyPatch) -> None:
 
     def mutant(self: Departures, known: Departure, reason: str) -> list[Effect]:
         effects = original(self, known, reason)
-        if self.entries[known.transfer].state is Leaving.ABORTING:
-            effects += self._close(self.entries[known.transfer])
+        left = self.entries.get(known.transfer)
+        if left is not None and left.state is Leaving.ABORTING:
+            effects += self._close(left)
         return effects
 
     patch.setattr(Departures, "abort", mutant)
@@ -1071,7 +1171,57 @@ def never_wait(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Departures, "begin", lambda self, asked: self._start(asked))
 
 
+def not_orphaned(role: type, *states: Leaving | Arriving) -> Mutation:
+    """Let the death of a peer change nothing for what is in some states."""
+    original = role.orphaned  # type: ignore[attr-defined]
+
+    def departures(self: Departures, peer: str) -> list[Effect]:
+        kept = {t: known for t, known in self.entries.items() if known.state in states and known.destination == peer}
+        for transfer in kept:
+            del self.entries[transfer]
+        effects = list(original(self, peer))
+        self.entries |= kept
+        return effects
+
+    def arrivals(self: Arrivals, known: Any) -> list[Effect]:
+        return [] if known.state in states else list(original(self, known))
+
+    return lambda patch: patch.setattr(role, "orphaned", departures if role is Departures else arrivals)
+
+
+def hear_the_dead(patch: pytest.MonkeyPatch) -> None:
+    original = Transfers.peer_dead
+
+    def mutant(self: Transfers, peer: str) -> list[Effect]:
+        known = self._ground.peers.get(peer)
+        effects = original(self, peer)
+        if known is not None:
+            self._ground.peers[peer].incarnation = known.incarnation
+        return effects
+
+    patch.setattr(Transfers, "peer_dead", mutant)
+
+
+def no_second_announcement(patch: pytest.MonkeyPatch) -> None:
+    original = Arrivals.resume
+
+    def mutant(self: Arrivals, known: Any) -> list[Effect]:
+        same = known.life == self.ground.peers[known.source].incarnation
+        return [] if same and known.state is Arriving.STAGED else original(self, known)
+
+    patch.setattr(Arrivals, "resume", mutant)
+
+
 MUTATIONS: dict[str, Mutation] = {
+    "a staged arrival is not announced again": no_second_announcement,
+    "what leaves for the dead is not served again": not_orphaned(Departures, Leaving.OUT),
+    "what is committed to the dead is not served again": not_orphaned(Departures, Leaving.COMMITTED),
+    "an abort waits for the dead": not_orphaned(Departures, Leaving.ABORTING),
+    "what waits to leave for the dead goes on waiting": not_orphaned(Departures, Leaving.WAITING),
+    "what the dead have pushed is not promoted": not_orphaned(Arrivals, Arriving.STAGED),
+    "what came from the dead may not move on": not_orphaned(Arrivals, Arriving.LIVE),
+    "the dead are heard when they are late": hear_the_dead,
+    "giving up does nothing": lambda patch: patch.setattr(Transfers, "give_up", nothing),
     "stale incarnations are believed": believe_everybody,
     "the sender's incarnation is not looked at": believe_the_dead,
     "the addressed incarnation is not looked at": believe_mail_for_the_dead,
@@ -1128,6 +1278,9 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 UNSEEN: dict[str, Callable[[], None]] = {
+    "a staged arrival is not announced again": lambda: test_peer_back(Arriving.STAGED, "Prepared"),
+    "giving up does nothing": lambda: test_give_up(Leaving.OUT, "Thaw,Failed"),
+    "no tombstone of an aborted arrival": lambda: check_row(Arriving.ABORTED, "Push", "Refused"),
     "a commit to who refused is not answered": test_after_a_refused_second_push_the_source_serves,
     "a refusal does not acknowledge an abort": lambda: check_row(Leaving.ABORTING, "Refused", ""),
     "a committed source does not answer an inquiry": lambda: check_row(
@@ -1143,10 +1296,14 @@ UNSEEN: dict[str, Callable[[], None]] = {
 made good by another rule, at the price of a failed transfer or of a second push."""
 
 RARE = {
-    "an arrival moves on before it is released": 4561,
-    "an Abort destroys what is live": 4353,
-    "no tombstone of an aborted arrival": 6682,
-    "the staged copy is recorded last": 9562,
+    "an abort needs no acknowledgement": 28839,
+    "a probe of a staged copy is not answered": 7735,
+    "a commit is not taken back when refused": 7243,
+    "no tombstone of a refused arrival": 4013,
+    "the addressed incarnation is not looked at": 3008,
+    "an arrival moves on before it is released": 1786,
+    "an Abort destroys what is live": 1390,
+    "the staged copy is recorded last": 691,
 }
 """Where the search for a rare violation begins."""
 
@@ -1158,7 +1315,7 @@ def test_seeds_notice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(first, first + 20_000):
         try:
             simulate(seed)
-        except AssertionError:
+        except (AssertionError, LookupError):  # a machine that has lost a rule may trip over itself, too
             return
     pytest.fail(f"nobody misses this rule: {name}")
 
@@ -1189,13 +1346,15 @@ class TransferMachine(RuleBasedStateMachine):
         remembered=st.sampled_from([0, 1, 4096]),
         seed=ANY,
         refusing=st.sampled_from([0.0, 0.3]),
+        buries=st.booleans(),
     )
     def create(
-        self, durable: tuple[bool, bool, bool], objects: int, remembered: int, seed: int, refusing: float
+        self, durable: tuple[bool, bool, bool], objects: int, remembered: int, seed: int, refusing: float, buries: bool
     ) -> None:
         self.world = World(durable, objects, remembered)
         self.world.rng = random.Random(seed)  # only for the fate of what is in flight when a link is cut
         self.world.refusing = refusing
+        self.world.buries = buries
         self.world.doubling = 0.3
         for pair in self.world.links:
             self.world.connect(pair)
@@ -1251,6 +1410,14 @@ class TransferMachine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def restart(self, name: str) -> None:
         self.world.restart(name)
+
+    @rule(pair=PAIRS, first=st.booleans())
+    def bury(self, pair: tuple[str, str], first: bool) -> None:
+        self.world.bury(*(pair if first else pair[::-1]))
+
+    @rule(pair=PAIRS, first=st.booleans())
+    def give_up(self, pair: tuple[str, str], first: bool) -> None:
+        self.world.give_up(*(pair if first else pair[::-1]))
 
     @rule(effects=st.integers(0, 3))
     def crash_soon(self, effects: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,9 +15,11 @@ import torch
 import farpoint
 from farpoint.errors import TransportError
 from farpoint.limits import Limits
+from farpoint.protocol.messages import Kind
 from farpoint.remote import RemoteWorker
 from farpoint.testing.transport import eventually
 from farpoint.worker import Worker
+from proxy import Proxy
 from wire import check_books, check_idle
 
 farpoint.TorchHook(torch)
@@ -60,6 +63,21 @@ def begin(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+def lose(place: Place, name: str) -> threading.Event:
+    """Let the next step of that name that comes to a worker be lost. What is returned is set when it was."""
+    commands, lost = place.worker._commands, threading.Event()
+    receive = commands[int(Kind.TRANSFER)]
+
+    def once(guest: Any, number: int, message: list[Any]) -> None:
+        if message[1] == name and not lost.is_set():
+            lost.set()
+        else:
+            receive(guest, number, message)
+
+    commands[int(Kind.TRANSFER)] = once
+    return lost
+
+
 def check_empty(*places: Place) -> None:
     """Assert that nothing is left."""
     for one in places:
@@ -97,3 +115,50 @@ def test_a_large_tensor_for_which_there_is_no_room(place: Callable[..., Place]) 
         begin(p.move, alice.handle).result(SECONDS)
     assert torch.equal(p.get(), x)
     check_empty(bob, alice)
+
+
+@pytest.mark.parametrize("step", ["Prepared", "Activated"])
+def test_what_was_lost_with_the_session_of_the_destination(place: Callable[..., Place], step: str) -> None:
+    bob, alice = place("bob"), place("alice")
+    lost = lose(bob, step)
+    moving = begin(data().send(bob.handle).move, alice.handle)
+    assert lost.wait(SECONDS)
+    alice.worker.peers[bob.worker.id].end(TransportError(bob.worker.url, "given up"))
+    assert torch.equal(moving.result(SECONDS).get(), data())
+    check_empty(bob, alice)
+
+
+@pytest.mark.parametrize("step", ["Push", "Commit"])
+def test_what_was_lost_with_the_session_of_the_source(place: Callable[..., Place], step: str) -> None:
+    bob, alice = place("bob"), place("alice")
+    lost = lose(alice, step)
+    p = data().send(bob.handle)
+    moving = begin(p.move, alice.handle)
+    assert lost.wait(SECONDS)
+    bob.worker.peers[alice.worker.id].end(TransportError(alice.worker.url, "given up"))
+    if step == "Push":
+        with pytest.raises(TransportError, match=r"is where it was: .*given up"):
+            moving.result(SECONDS)
+        assert torch.equal(p.get(), data())
+    else:
+        assert torch.equal(moving.result(SECONDS).get(), data())
+    del p, moving
+    check_empty(bob, alice)
+
+
+def test_who_speaks_is_not_dead_though_nobody_listens(place: Callable[..., Place]) -> None:
+    alice = place("alice")
+    with Proxy(NOBODY) as reserved:
+        pass
+    bob = place("bob", advertise=reserved.url)
+    port = int(reserved.url.rpartition(":")[2])
+    way = Proxy(bob.worker.listens, port=port)
+    lost = lose(bob, "Prepared")
+    moving = begin(data().send(bob.handle).move, alice.handle)
+    assert lost.wait(SECONDS)
+    way.close()
+    eventually(lambda: alice.worker._sought or alice.worker.store)
+    assert not alice.worker.store, "the object is served twice"
+    with Proxy(bob.worker.listens, port=port):
+        assert torch.equal(moving.result(SECONDS).get(), data())
+        check_empty(bob, alice)

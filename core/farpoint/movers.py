@@ -247,13 +247,20 @@ class Movers:
 
     def peer_lost(self, peer: Peer) -> None:
         """Learn that one is over, and whether the worker has died with it, or may still be there."""
+        # Nobody listening where a worker is dialled means nothing while it has a link to here.
+        dead = peer.dead and not (isinstance(peer.channel.lost, TransportError) and self._speaks(peer))
         with self._worker.lock:
             gone = [] if peer.established else self._states.give_up(peer.name, str(peer.channel.ended()))
             self._carry_out(gone)
-            self._carry_out(self._states.peer_dead(peer.name) if peer.dead else self._states.peer_lost(peer.name))
+            self._carry_out(self._states.peer_dead(peer.name) if dead else self._states.peer_lost(peer.name))
             self._carry_out(self._states.give_up(peer.name, str(peer.channel.ended())))
-            if not peer.dead and peer.name in self._states.open_peers():
+            if not dead and peer.name in self._states.open_peers():
                 self._worker.look_after(peer.name)
+
+    def _speaks(self, peer: Peer) -> bool:
+        """Return whether a worker has a link to here, though perhaps none leads from here to it."""
+        guests = [guest for guest in self._worker.guests.values() if guest.channel.lane is not None]
+        return any((guest.name, guest.incarnation) == (peer.name, peer.incarnation) for guest in guests)
 
     def on_the_way(self, new_id: int, holder: int, then: Callable[[], None]) -> bool:
         """Call something when it is decided whether an object arrives that is on its way to a holder here.

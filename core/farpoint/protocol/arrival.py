@@ -112,13 +112,16 @@ class Arrivals:
     entries: dict[int, Arrival] = attrs.Factory(dict)
 
     def resume(self, known: Arrival) -> list[Effect]:
-        """Ask again, on a new link, about what is open, and forget what only a dead life could mean."""
+        """Say again, on a new link, what is open, and forget what only a dead life could mean.
+
+        The source asks by itself when its own link is a new one. But each has one of its own, and it may not be.
+        """
         peer, transfer = known.source, known.transfer
         same_life = known.life == self.ground.peers[peer].incarnation
         if known.state is Arriving.LIVE:
             return self.ground.send(peer, Activated(transfer))
         if same_life:
-            return []
+            return self.ground.send(peer, Prepared(transfer)) if known.state is Arriving.STAGED else []
         if known.state is not Arriving.STAGED:
             del self.entries[transfer]
             return []

@@ -218,8 +218,9 @@ class Departures:
     waiting: dict[int, deque[int]] = attrs.Factory(dict)
 
     def leaving_for(self, peer: str) -> list[Departure]:
-        """Return the transfers to a peer."""
-        return [known for known in self.entries.values() if known.destination == peer]
+        """Return the transfers to a peer; those that wait come first, or the end of another one would start them."""
+        found = [known for known in self.entries.values() if known.destination == peer]
+        return sorted(found, key=lambda known: known.state is not Leaving.WAITING)
 
     def begin(self, asked: Departure) -> list[Effect]:
         """Start a transfer, or let it wait until its object is free."""

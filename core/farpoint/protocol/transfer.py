@@ -165,6 +165,8 @@ DEPARTURES: Mapping[tuple[Leaving, type[TransferMessage]], Step] = {
     (Leaving.ABORTED, Aborted): Departures.ignore,
 }
 
+NOBODY = -1
+"""The incarnation of a peer whose last life is over."""
 UNDECIDED = (Leaving.WAITING, Leaving.OUT, Leaving.COMMITTED, Leaving.ABORTING)
 
 # The destination. Every message is possible in every state: all of them may be late.
@@ -299,9 +301,10 @@ class Transfers:
         What leaves for it stays here, also after a commit: by *Released* no copy of it has gone further. What it
         has pushed, and not taken back, is the last copy, and becomes live.
         """
-        if peer not in self._ground.peers:
-            return self._departures.orphaned(peer)
-        self._ground.peers[peer].linked = False
+        known = self._ground.peers.get(peer)
+        if known is not None:
+            # What it has said and comes late is stale: nobody would be there to decide about it.
+            self._ground.peers[peer] = attrs.evolve(known, incarnation=NOBODY, linked=False)
         effects = self._departures.orphaned(peer)
         for arrival in [a for a in self._arrivals.entries.values() if a.source == peer]:
             effects += self._arrivals.orphaned(arrival)
@@ -367,7 +370,8 @@ class Transfers:
     def open_peers(self) -> set[str]:
         """Return the peers with whom something is not decided yet."""
         leaving = {d.destination for d in self._departures.entries.values() if d.state in UNDECIDED}
-        return leaving | {a.source for a in self._arrivals.entries.values() if a.state is Arriving.STAGED}
+        arriving = {a.source for a in self._arrivals.entries.values() if a.state in (Arriving.STAGED, Arriving.LIVE)}
+        return leaving | arriving
 
     def snapshot(self) -> tuple[Entry, ...]:
         """Return the entries that must survive: what all `Record` effects so far amount to."""
