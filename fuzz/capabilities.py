@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from farpoint.access import Admission
-from farpoint.capability import PREFIX, _pack, _sign, check, mint, narrow, read
+from farpoint.capability import LONGEST, PREFIX, _pack, _sign, check, mint, narrow, read
 from farpoint.errors import CapabilityError
 from farpoint.worker import Worker
 from fuzz.target import Target
@@ -15,7 +15,7 @@ _bob.doorman.admission(Admission(tokens=("t" * 32,)))
 
 
 def _run(data: bytes) -> bool:
-    text = _signed(data[1:].split(b"\0")) if data[:1] == b"S" else data[1:].decode("latin-1")
+    text = _signed(data[1:LONGEST].split(b"\0")) if data[:1] == b"S" else data[1:].decode("latin-1")
     try:
         found = read(_SECRET, "bob", text, _NOW)
         assert _bob.doorman._opens(text) in {True, False}

@@ -142,7 +142,7 @@ class TestLinks:
     @pytest.mark.parametrize(
         "text",
         [
-            *(b"", b"\xff", b"5", b"[]", b"null", b'"hello"', b"[" * 60_000, b"{" * 100, b"{}" + b" " * 10**6),
+            *(b"", b"\xff", b"1", b"true", b"5", b"[]", b"null", b'"hello"', b"[" * 60_000, b"{" * 100, b"{}" + b" " * 10**6),
             b'{"farpoint": 1, "session": ' + b"1" * 5000 + b"}",
         ],
         ids=lambda text: f"{text[:20]!r}",

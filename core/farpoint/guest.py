@@ -83,7 +83,8 @@ class Doorstep:
             version = hello.get("farpoint") if isinstance(hello, dict) else hello
             if version != 1:
                 return {"refused": f"{worker.id} speaks protocol 1, not {brief(version)}"}
-            hello = {**OPTIONAL_IN_HELLO, **hello}
+            if isinstance(hello, dict):
+                hello = {**OPTIONAL_IN_HELLO, **hello}
             HELLO.check_map(hello, worker.limits)
         except (ValueError, RecursionError, FarpointError) as error:
             return {"refused": f"this is not the greeting of a farpoint client: {str(error)[:200]}"}
