@@ -481,11 +481,14 @@ class Peer:
         if not reply.done.is_set():
             self._await(reply.done, seconds)
         if reply.error is not None:
-            error = self.error(reply.error)
-            if isinstance(error, ObjectNotFoundError):
-                self.raise_orphan()  # what should have made the object has failed, and left nothing that could say so
-            raise error
+            # Not by way of a variable: with the traceback it would be a ring, which keeps the pointers of whoever called.
+            raise self._cause_of(self.error(reply.error))
         return reply.value
+
+    def _cause_of(self, error: FarpointError) -> FarpointError:
+        if isinstance(error, ObjectNotFoundError):
+            self.raise_orphan()  # what should have made the object has failed, and left nothing that could say so
+        return error
 
     def _await(self, done: threading.Event, seconds: float | None, look: Callable[[], object] = lambda: None) -> None:
         patience = self.limits.progress_seconds if seconds is None else seconds
