@@ -170,7 +170,7 @@ class Movers:
 
         def failed(reason: str) -> None:
             guest.moves -= 1
-            error = TransportError(f"object {object_id}", f"it did not move, and is where it was: {reason}")
+            error = TransportError(f"object {object_id}", f"it did not move to {destination}, and is where it was: {reason}")
             guest.fail(number, describe_failure(error, worker.id, "MOVE", expose=False))
 
         if destination == worker.id:
