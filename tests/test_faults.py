@@ -5,30 +5,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
-import attrs
 import pytest
 import torch
 
-import farpoint
-from farpoint import LocalCluster, TransportError, WorkerLostError
-from farpoint.limits import Limits
-from saboteur import EMPTY, IDLE, PLUGIN, SECONDS, Station
-from strangers import install
+from farpoint import TransportError, WorkerLostError
+from saboteur import EMPTY, IDLE, SECONDS
+from stage import LIMITS, SIZES, Stage, begin, data, performance, works
 
-farpoint.TorchHook(torch)
 ALL = os.environ.get("FARPOINT_FAULTS") == "all"
-LIMITS = Limits(lease_seconds=2.0, reconnect_seconds=1.0)
-SIZES = {"small": 4, "large": 2**20}  # of int64: 8 MiB are eight chunks
 
 SOURCE = [("bob", *point.split()) for point in (
     "takes Move", "sends Push", "sends chunk", "sent Push", "takes Prepared", "sends Commit", "sent Commit", "takes Activated",
@@ -47,97 +38,10 @@ OVER = [("bob", "takes", "Activated"), ("bob", "sends", "Released"), ("bob", "se
 """Where the source has heard that the destination has it, or is about to."""
 
 
-@attrs.frozen
-class Stage:
-    """Two workers with a saboteur each, and a host of clients."""
-
-    cluster: LocalCluster
-    folder: Path
-    host: subprocess.Popen[str]
-
-    def station(self, name: str) -> Station:
-        return Station(self.folder, name)
-
-    def kill(self, name: str) -> None:
-        self.cluster.processes[name].kill()
-        self.cluster.processes[name].wait(SECONDS)
-
-    def revive(self, name: str) -> None:
-        """Begin a new life of a worker, and a session with it: that with the old one may not have been given up yet."""
-        known = self.cluster._handles[name]
-        self.cluster.restart(name)
-        with pytest.raises(WorkerLostError):
-            known.ping()
-
-    def client(self, size: str, what: str) -> int:
-        """Let a client that is a process of its own do something, and return its pid."""
-        assert self.host.stdin is not None and self.host.stdout is not None
-        self.host.stdin.write(json.dumps([self.cluster.urls, self.cluster.token, SIZES[size], what]) + "\n")
-        self.host.stdin.flush()
-        return int(self.host.stdout.readline())
-
-    def becomes(self, name: str, **wanted: int) -> None:
-        with self.station(name) as station:
-            station.becomes(**wanted)
-
-
-HOST = """
-import json, os, signal, sys, torch, farpoint
-from farpoint.limits import Limits
-farpoint.TorchHook(torch)
-torch.set_num_threads(1)
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    urls, token, size, what = json.loads(line)
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    limits = Limits(lease_seconds=2.0, reconnect_seconds=1.0)
-    bob, alice = [farpoint.connect(urls[name], token=token, limits=limits) for name in ("bob", "alice")]
-    x = torch.arange(size)
-    p = x.send(bob)
-    if what == "move":
-        q = p.move(alice)
-    elif what == "get":
-        p.get()
-    elif what == "hold":
-        pp = (p + p).send(alice)
-        alice.synchronize()
-    print("held", flush=True)
-    signal.pause()
-"""
-
-
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("saboteur")
-    install(folder, "stranger-sabotage", "sabotage", PLUGIN)
-    with pytest.MonkeyPatch.context() as patch:
-        paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        patch.setenv("FARPOINT_SABOTEUR", str(folder))
-        host = subprocess.Popen(
-            [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
-        )
-        try:
-            with farpoint.local_cluster("bob", "alice", limits=LIMITS) as cluster:
-                yield Stage(cluster, folder, host)
-        finally:
-            host.kill()
-            host.communicate()
-
-
-def data(size: str) -> Any:
-    return torch.arange(SIZES[size])
-
-
-def begin(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Call something on another thread."""
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(call, *arguments)
-    executor.shutdown(wait=False)
-    return future
+    with performance(tmp_path_factory.mktemp("saboteur"), LIMITS) as made:
+        yield made
 
 
 def interrupt(stage: Stage, p: Any, point: tuple[str, ...], victim: str, *, restarts: bool) -> Future[Any]:
@@ -157,17 +61,6 @@ def cases(points: list[Any], *, slices: int) -> list[Any]:
     """Return every point with a small and a large tensor, or, unless all are wanted, some of them."""
     every = [(point, size) for point in points for size in SIZES if size == "large" or "chunk" not in point]
     return [pytest.param(*case, id=f"{'-'.join(case[0])}-{case[1]}") for case in (every if ALL else every[::slices])]
-
-
-def works(stage: Stage) -> None:
-    """Assert that moves go both ways, and leave nothing behind."""
-    bob, alice = stage.cluster.bob, stage.cluster.alice
-    for one, other in ((bob, alice), (alice, bob)):
-        assert torch.equal(data("small").send(one).move(other).get(), data("small"))
-    bob.synchronize()
-    alice.synchronize()
-    stage.becomes("bob", **EMPTY)
-    stage.becomes("alice", **EMPTY)
 
 
 @pytest.mark.parametrize("restarts", [False, True], ids=["", "restarts"])
@@ -242,4 +135,59 @@ def test_a_worker_is_back_before_others_know_that_it_was_gone(stage: Stage) -> N
         alice.becomes(taken=taken + 1)
         alice.go()
         assert torch.equal(moving.result(SECONDS).get(), data("small"))
+    works(stage)
+
+
+def test_a_client_is_killed_with_what_it_holds(stage: Stage) -> None:
+    works(stage)
+    with stage.station("bob") as bob, stage.station("alice") as alice:
+        guests = bob.state()["guests"], alice.state()["guests"]
+        pid = stage.client("large", "hold")
+        stage.client_is_done()
+        bob.becomes(objects=2)
+        alice.becomes(objects=1)
+        os.kill(pid, signal.SIGKILL)
+        bob.becomes(**EMPTY, guests=guests[0])
+        alice.becomes(**EMPTY, guests=guests[1])
+
+
+@pytest.mark.parametrize(("what", "point"), [("send", ("takes", "chunk")), ("get", ("sends", "chunk"))])
+def test_a_client_is_killed_in_the_middle_of_a_tensor(stage: Stage, what: str, point: tuple[str, str]) -> None:
+    works(stage)
+    with stage.station("bob") as bob:
+        bob.stop(*point, times=3)
+        pid = stage.client("large", what)
+        bob.wait()
+        os.kill(pid, signal.SIGKILL)
+        bob.go()
+        bob.becomes(**EMPTY)
+
+
+def test_the_middle_of_a_chain_is_killed(stage: Stage) -> None:
+    x = data("small")
+    p = x.send(stage.cluster.bob)
+    pp = p.send(stage.cluster.alice)
+    stage.cluster.alice.synchronize()
+    stage.kill("alice")
+    for call in 2 * (pp.get, pp.neg, partial(pp.move, stage.cluster.bob), pp.remote_get):
+        with pytest.raises(WorkerLostError, match="alice"):
+            call()
+    assert torch.equal(p.get(), x), "what is behind it is there"
+    del pp, call
+    stage.becomes("bob", **EMPTY)
+    stage.revive("alice")
+    works(stage)
+
+
+def test_the_data_end_of_a_chain_is_killed(stage: Stage) -> None:
+    pp = data("small").send(stage.cluster.bob).send(stage.cluster.alice)
+    stage.cluster.alice.synchronize()
+    stage.kill("bob")
+    for call in 2 * (pp.get, lambda p=pp: p.neg().get(), partial(pp.move, stage.cluster.alice), pp.remote_get):
+        with pytest.raises(WorkerLostError, match="bob"):
+            call()
+    del pp, call
+    stage.cluster.alice.ping()
+    stage.becomes("alice", **EMPTY)
+    stage.revive("bob")
     works(stage)

@@ -95,7 +95,6 @@ class Movers:
                 arrived = secrets.randbits(62) + 1
                 onward[4:7] = [worker.url, arrived, LOCAL]
                 onward[8] = worker.doorman.invite(peer)
-                self._expected[arrived] = guest
 
                 def done() -> None:
                     if arrived not in worker.store:
@@ -131,6 +130,8 @@ class Movers:
                 worker.release(LOCAL, arrived)
 
         peer.ask(onward, then)
+        if arrived:
+            self._expected[arrived] = guest
         worker.dirty.add(peer)
 
     def _greets(self, guest: Guest, number: int, message: list[Any]) -> bool:
