@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import farpoint
-from farpoint.errors import TransportError
+from farpoint.errors import NobodyListensError, TransportError, WorkerLostError
 from farpoint.limits import Limits
 from farpoint.protocol.messages import Kind
-from farpoint.remote import RemoteWorker
+from farpoint.remote import RemoteWorker, me
 from farpoint.testing.transport import eventually
 from farpoint.worker import Worker
 from proxy import Proxy
@@ -162,3 +162,27 @@ def test_who_speaks_is_not_dead_though_nobody_listens(place: Callable[..., Place
     with Proxy(bob.worker.listens, port=port):
         assert torch.equal(moving.result(SECONDS).get(), data())
         check_empty(bob, alice)
+
+
+def test_what_comes_after_its_holder_was_told_that_it_is_lost(place: Callable[..., Place]) -> None:
+    bob, alice = place("bob"), place("alice")
+    execute, came, goes_on = alice.worker.execute, threading.Event(), threading.Event()
+
+    def late(guest: Any, number: int, message: list[Any]) -> None:
+        if message[:2] == [int(Kind.TRANSFER), "Push"]:
+            came.set()
+            assert goes_on.wait(SECONDS)
+        execute(guest, number, message)
+
+    alice.worker.execute = late  # type: ignore[method-assign]
+    moving = begin(data().send(bob.handle).move, alice.handle)
+    assert came.wait(SECONDS)
+    bob.handle.peer.end(NobodyListensError(bob.worker.url, "it has died"))
+    error = moving.exception(SECONDS)
+    assert isinstance(error, WorkerLostError) and "bob" in str(error)
+    del moving, error
+    alice.handle.ping()  # with it goes the reference to what did not come
+    goes_on.set()
+    eventually(lambda: not bob.worker.movers._leaving)
+    check_empty(alice)
+    me().failures.clear()  # that it did not move is said as well, and nobody looks at that

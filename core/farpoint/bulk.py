@@ -171,9 +171,13 @@ class Bulk:
     Args:
         limits: What must not be exceeded.
         admit: Called with the bytes of all that is coming in, before memory is taken for it; raises if that is too much.
+
+    Attributes:
+        at_once: How many tensors are under way at a time; the peer ends the session if it is more than it takes.
     """
 
     def __init__(self, limits: Limits, admit: Callable[[int], None] = lambda _: None) -> None:
+        self.at_once = limits.transfers
         self._limits = limits
         self._admit = admit
         self._numbers = count(1)
@@ -212,7 +216,7 @@ class Bulk:
             stream.give_up(session)
 
     def load(self, session: Session) -> bool:
-        """Submit the next chunk that may go now, each tensor in its turn. Return whether there was one."""
+        """Submit the next chunk that may go now, each of the first tensors in its turn. Return whether there was one."""
         while self._under_way and self._under_way[0][0] <= session.acknowledged:
             self._window += self._under_way.popleft()[1]
         if not self._waiting or self._window <= 0:
@@ -224,7 +228,7 @@ class Bulk:
         if stream.loaded:
             self._loaded.append(stream)
         else:
-            self._waiting.append(stream)
+            self._waiting.insert(self.at_once - 1, stream)
         return True
 
     def settle(self, session: Session) -> bool:

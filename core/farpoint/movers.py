@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ class Movers:
         self._expected: dict[int, Guest] = {}
         self._awaiting: dict[int, list[Callable[[], None]]] = {}
         self._ends: dict[int, tuple[Callable[[], None], Callable[[str], None]]] = {}
+        self._renounced: deque[tuple[int, int]] = deque(maxlen=worker.limits.transfers)
         self._doubtful: dict[Peer, list[Callable[[], None]]] = {}
 
     def move(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -266,12 +268,13 @@ class Movers:
     def on_the_way(self, new_id: int, holder: int, then: Callable[[], None]) -> bool:
         """Call something when it is decided whether an object arrives that is on its way to a holder here.
 
-        Return False, and do not, if none of that id is.
+        Return False, and do not, if none of that id is. Then none is taken later either: who asks is told that it is lost.
         """
         for stage, _ in self._staged.values():
             if (stage.new_id, stage.holder) == (new_id, holder):
                 self._awaiting.setdefault(stage.transfer, []).append(then)
                 return True
+        self._renounced.append((holder, new_id))
         return False
 
     def _carry_out(self, effects: list[states.Effect], source: Guest | None = None) -> None:
@@ -357,6 +360,8 @@ class Movers:
         guest = worker.guests.get(holder) if holder != LOCAL else self._expected.get(new_id)
         if guest is None:
             raise ProtocolError("whoever shall hold the object has no session here")
+        if (holder, new_id) in self._renounced:
+            raise ProtocolError("whoever shall hold the object has been told that it is lost")
         guest.quota.check(nbytes, objects)
 
     def _awaited(self, holder: int, new_id: int) -> bool:

@@ -211,9 +211,12 @@ class Peer:
     def begin(self, lane: Lane, welcome: dict[str, Any]) -> None:
         """Take a welcome that was checked: the session begins."""
         theirs = welcome.get("limits")
-        for limit, kinds in (("commands_in_flight", (int,)), ("templates", (int,)), ("lease_seconds", (int, float))):
+        for limit, kinds, least in (
+            *(("commands_in_flight", (int,), 2), ("templates", (int,), 2), ("transfers", (int,), 1)),
+            ("lease_seconds", (int, float), 2),
+        ):
             allowed: Any = theirs.get(limit) if isinstance(theirs, dict) else None
-            if type(allowed) in kinds and 2 <= allowed < getattr(self.limits, limit):
+            if type(allowed) in kinds and least <= allowed < getattr(self.limits, limit):
                 self.limits = attrs.evolve(self.limits, **{limit: allowed})
         self._room = self.limits.commands_in_flight // 2
         self.incarnation = bytes.fromhex(welcome["incarnation"])
@@ -230,6 +233,8 @@ class Peer:
         self.channel.session.remote = self.incarnation
         serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
         self.channel.open(lane, self.channel.session, serializer, self.owner.limits, inline=plugins.transport(self.url).inline)
+        assert self.channel.bulk is not None
+        self.channel.bulk.at_once = self.limits.transfers
         with self.owner.lock:
             self._welcomed = True
             self.owner.peer_back(self)
