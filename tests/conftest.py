@@ -1,0 +1,23 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from farpoint.errors import UnseenErrorWarning
+from farpoint.remote import handles
+
+
+@pytest.fixture(autouse=True)
+def _close_what_stayed() -> Iterator[None]:
+    """Close the workers that a test has left because it failed, so that no other test fails with it."""
+    before = handles()
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnseenErrorWarning)
+        for handle in handles():
+            if handle not in before:
+                handle.close()
