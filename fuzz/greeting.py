@@ -80,7 +80,7 @@ def _run_welcome(data: bytes) -> bool:
         del _me.peers["bob"]
     if approach.refusal is None:
         with contextlib.suppress(CapabilityError):
-            peer.give(object=5, operation="hold", audience=_LIFE)
+            peer.terms.give(object=5, operation="hold", audience=_LIFE)
     return approach.refusal is None
 
 

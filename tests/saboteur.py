@@ -95,7 +95,7 @@ def state(worker: Worker) -> dict[str, int]:
         "ends": len(movers._ends),
         "awaiting": len(movers._awaiting),
         "moves": sum(guest.moves for guest in worker.guests.values()),
-        "pending": sum(len(peer.pending) for peer in worker.peers.values()),
+        "pending": sum(len(peer.answers.pending) for peer in worker.peers.values()),
         "incoming": sum(len(bulk._arrivals) for bulk in bulks),
         "outgoing": sum(len(bulk._waiting) + len(bulk._loaded) for bulk in bulks),
         "resident": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE"),

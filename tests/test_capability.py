@@ -130,7 +130,7 @@ def handed(town: Town, held: Any, audience: Peer | None = None, **caveats: Any) 
     """Return what bob's client hands to somebody: a capability for one of its objects."""
     own = town.handles["bob"].peer
     caveats = {"object": held._reference.id, "operation": "hold", **caveats}
-    return own.give(audience=(audience.owner if audience else own.owner).incarnation.hex(), **caveats)
+    return own.terms.give(audience=(audience.owner if audience else own.owner).incarnation.hex(), **caveats)
 
 
 def claim(peer: Peer, held: Any, capability: str) -> Any:
@@ -157,7 +157,7 @@ class TestThreeParties:
     def test_whoever_was_introduced_may_only_use_what_it_was_handed(self, town: Town) -> None:
         bob = town.handles["bob"]
         p, other = torch.ones(2).send(bob), torch.zeros(2).send(bob)  # type: ignore[attr-defined]  # the hook's
-        invitation = bob.peer.give(operation="dial")
+        invitation = bob.peer.terms.give(operation="dial")
         mallory = town.intruder(invitation)
         for message in (
             [int(Kind.PUT), 5, torch.ones(1), False, [], ""],
@@ -181,7 +181,7 @@ class TestThreeParties:
         bob = town.handles["bob"]
         p = torch.ones(2).send(bob)  # type: ignore[attr-defined]  # the hook's
         bob.synchronize()
-        mallory, eve = (town.intruder(bob.peer.give(operation="dial"), name) for name in ("mallory", "eve"))
+        mallory, eve = (town.intruder(bob.peer.terms.give(operation="dial"), name) for name in ("mallory", "eve"))
         capability = handed(town, p, mallory)
         with pytest.raises(CapabilityError, match="for audience"):
             claim(eve, p, capability)
@@ -212,17 +212,17 @@ class TestThreeParties:
     def test_the_door_takes_no_late_and_no_borrowed_invitation(self, town: Town) -> None:
         bob, alice = town.handles["bob"], town.handles["alice"]
         for token in (
-            narrow(bob.peer.capability, expiry=int(time.time()) - 1),
-            alice.peer.give(operation="dial"),
-            narrow(bob.peer.capability, weekday="sunday"),
+            narrow(bob.peer.terms.capability, expiry=int(time.time()) - 1),
+            alice.peer.terms.give(operation="dial"),
+            narrow(bob.peer.terms.capability, weekday="sunday"),
         ):
             with pytest.raises(TransportError, match="token"):
                 town.intruder(token)
         with pytest.raises(ProtocolError, match="made for somebody else"):
-            town.intruder(bob.peer.give(operation="dial", audience="00" * 16))
+            town.intruder(bob.peer.terms.give(operation="dial", audience="00" * 16))
 
     def test_an_invitation_ends_with_the_session_that_gave_it(self, town: Town) -> None:
-        invitation = town.handles["bob"].peer.give(operation="dial")
+        invitation = town.handles["bob"].peer.terms.give(operation="dial")
         town.intruder(invitation).close()
         town.handles["bob"].close()
         eventually(lambda: not town.workers["bob"].guests)

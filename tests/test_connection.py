@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -237,7 +238,7 @@ class TestRelay:
         there = make("alice")
         bob = farpoint.connect(make().url)
         alice = farpoint.connect(there.listens)
-        alice.peer.advertised = plugins.local_url(there.listens.partition(":")[0], "nowhere")
+        alice.peer.terms = attrs.evolve(alice.peer.terms, advertised=plugins.local_url(there.listens.partition(":")[0], "nowhere"))
         x = torch.rand(shape).t() if len(shape) == 2 else torch.rand(shape)
         p = x.send(bob)  # type: ignore[attr-defined]  # the hook's
         with pytest.raises((TransportError, UnreachableError), match=r"relay=True|where it was"):

@@ -76,7 +76,7 @@ def refused_there(worker: VirtualWorker, message: list[Any]) -> Any:
     """Issue a command past all checks of the client, and return the error of the worker, None if it took the command."""
     reply = worker.peer.ask(message)
     worker.peer.request([int(Kind.SYNC), [], []])
-    return None if reply.error is None else worker.peer.error(reply.error)
+    return None if reply.error is None else worker.peer.answers.error(reply.error)
 
 
 class TestTags:
@@ -170,9 +170,9 @@ class TestTags:
     def test_the_worker_checks_what_arrives(self, net: Net, tags: Any, description: Any) -> None:
         p = data().tag("#good").send(net.bob)
         before = net.bob.search("#good")
-        error = refused_there(net.bob, [int(Kind.PUT), net.bob.peer.new_id(), torch.ones(2), False, tags, description])
+        error = refused_there(net.bob, [int(Kind.PUT), net.bob.peer.references.new_id(), torch.ones(2), False, tags, description])
         assert isinstance(error, REFUSALS) and error.origin == net.bob.id
-        link = [int(Kind.LINK), net.alice.peer.new_id(), net.bob.id, net.bob.url, p.id_at_location, p._spec.to_wire()]
+        link = [int(Kind.LINK), net.alice.peer.references.new_id(), net.bob.id, net.bob.url, p.id_at_location, p._spec.to_wire()]
         assert isinstance(refused_there(net.alice, [*link, tags, description, ""]), REFUSALS)
         assert isinstance(refused_there(net.bob, [int(Kind.TAG), p.id_at_location, tags, description]), REFUSALS)
         assert len(before) == 1 and net.sizes() == [1, 0]
@@ -401,7 +401,7 @@ class TestWorkers:
 
     def test_a_worker_checks_the_ids_that_arrive(self, net: Net) -> None:
         p = data().send(net.bob)
-        message = [int(Kind.LINK), net.alice.peer.new_id(), "no name", net.bob.url, p.id_at_location, p._spec.to_wire(), [], "", ""]
+        message = [int(Kind.LINK), net.alice.peer.references.new_id(), "no name", net.bob.url, p.id_at_location, p._spec.to_wire(), [], "", ""]
         assert isinstance(refused_there(net.alice, message), REFUSALS)
         farpoint.me().id = "no name"
         try:

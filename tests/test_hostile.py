@@ -11,8 +11,8 @@ import torch
 
 import farpoint
 from farpoint.limits import Limits
-from farpoint.peer import unguessable_ids
 from farpoint.protocol.messages import Kind
+from farpoint.references import unguessable_ids
 from farpoint.worker import Worker
 from wire import (
     SPEC,

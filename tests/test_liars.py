@@ -231,9 +231,9 @@ class TestWorkersThatLie:
         farpoint.send(torch.ones(2), handle)
         handle.flush()
         assert len(farpoint.me().failures) <= DEFAULT_LIMITS.failures
-        assert len(handle.peer.orphans) <= DEFAULT_LIMITS.failures
+        assert len(handle.peer.answers.orphans) <= DEFAULT_LIMITS.failures
         farpoint.me().failures.clear()
         farpoint.me().failures.update(kept)
-        handle.peer.orphans.clear()
+        handle.peer.answers.orphans.clear()
         handle.close()
         liar.close()

@@ -56,7 +56,7 @@ def test_it_lends_by_name_and_takes_back(pool: Pool, cluster: LocalCluster) -> N
 
 def test_what_is_left_behind_is_found(pool: Pool, stranger: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     pool("bob1")
-    held = stranger.refer(stranger.new_id())
+    held = stranger.references.refer(stranger.references.new_id())
     stranger.tell([int(Kind.PUT), held.id, torch.ones(2), False, [], ""], caller())
     stranger.request([int(Kind.SYNC), [], []])
     monkeypatch.setattr("farpoint.testing.transport.PATIENCE", 0)

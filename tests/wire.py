@@ -246,7 +246,7 @@ def check_idle(worker: Worker) -> None:
     """Assert that nothing is under way at a worker."""
     movers = worker.movers
     assert not movers._leaving and not movers._staged and not movers._expected and not movers._ends
-    assert not [reply for peer in worker.peers.values() for reply in peer.pending.values()]
+    assert not [reply for peer in worker.peers.values() for reply in peer.answers.pending.values()]
 
 
 class LateLink(Link):

@@ -76,7 +76,7 @@ class Approach:
         if self._resumes:
             hello["taken"] = peer.channel.session.taken
             if credentials.token.startswith(PREFIX):  # what we came in with was good for the first time only
-                credentials = attrs.evolve(credentials, token=owner.credentials.token or peer.capability)
+                credentials = attrs.evolve(credentials, token=owner.credentials.token or peer.terms.capability)
         elif owner.url and not transport.inline:
             hello["introduction"] = owner.doorman.introduce(peer)
         self._link = transport.connect(peer.url, self, credentials)

@@ -20,7 +20,9 @@ from farpoint.spec import spec_from_wire
 from farpoint.store import NO_ANNOTATION, Annotation
 
 if TYPE_CHECKING:
-    from farpoint.peer import Peer, Reference, Reply
+    from farpoint.answers import Reply
+    from farpoint.peer import Peer
+    from farpoint.references import Reference
 
 _NOTE = "_farpoint_annotation"
 
@@ -82,7 +84,7 @@ def search(peer: Peer, query: Iterable[str]) -> list[PointerTensor]:
     claims: list[tuple[Reference, Reply]] = []
     for object_id in _read_ids(peer.request([int(Kind.SEARCH), asked])):
         # The reference comes first: from now on no release of another pointer to the object is sent.
-        reference = peer.refer(object_id, claimed=True)
+        reference = peer.references.refer(object_id, claimed=True)
         claims.append((reference, peer.ask([int(Kind.LOCATE), object_id])))
     found = []
     for reference, reply in claims:

@@ -167,11 +167,11 @@ class Commands:
                 )
         guest.quota.check(0, len(results))
         guest.pass_on(peer)
-        created = [peer.new_id() if result else 0 for result in results]
+        created = [peer.references.new_id() if result else 0 for result in results]
         peer.run(template, onward, created, (guest.holder, number))
         for result, target in zip(results, created, strict=True):
             if result:
-                self._worker.add(guest.holder, result, StoredPointer(self._worker.id, result, peer.refer(target), None))
+                self._worker.add(guest.holder, result, StoredPointer(self._worker.id, result, peer.references.refer(target), None))
         self._worker.dirty.add(peer)
 
     def _ask(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -222,7 +222,7 @@ class Commands:
         peer = self._worker.introduce(name, url, capability)
         guest.pass_on(peer)
         described = spec_from_wire(spec, interned=False)
-        pointer = StoredPointer(self._worker.id, object_id, peer.refer(target, claimed=True), described)
+        pointer = StoredPointer(self._worker.id, object_id, peer.references.refer(target, claimed=True), described)
 
         def linked(answer: Any) -> None:
             with self._worker.lock:
@@ -263,8 +263,8 @@ class Commands:
         about = [note.requires_grad, sorted(note.tags), note.description]
         if isinstance(value, StoredPointer):
             peer = value.reference.peer
-            capability = peer.give(object=value.reference.id, operation="hold", audience=guest.incarnation.hex())
-            answer = ["pointer", peer.name, peer.advertised, value.reference.id, *about, capability]
+            capability = peer.terms.give(object=value.reference.id, operation="hold", audience=guest.incarnation.hex())
+            answer = ["pointer", peer.name, peer.terms.advertised, value.reference.id, *about, capability]
             guest.pass_on(peer)
             # A pointer leaves only when its target is known to exist there.
             peer.ask([int(Kind.SYNC), [], []], self._relay(guest, number, answer, message[1]), keep=value)

@@ -12,8 +12,8 @@ from farpoint.provenance import spell
 from farpoint.route import SPENT
 
 if TYPE_CHECKING:
-    from farpoint.peer import Reference
     from farpoint.pointer import PointerTensor
+    from farpoint.references import Reference
 
 _T: Any = torch.Tensor
 _REFUSED: dict[Any, str] = {

@@ -23,7 +23,7 @@ from farpoint.tensors import dense
 from farpoint.worker import Worker
 
 if TYPE_CHECKING:
-    from farpoint.peer import Reference
+    from farpoint.references import Reference
 
 
 def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: bool | None = None) -> PointerTensor:
@@ -49,10 +49,10 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         # A pointer leaves only when what it points at is known to exist.
         tensor._route.synchronize()
         through = reference.peer
-        object_id = peer.new_id()
-        capability = through.give(object=reference.id, operation="hold", audience=peer.incarnation.hex())
+        object_id = peer.references.new_id()
+        capability = through.terms.give(object=reference.id, operation="hold", audience=peer.incarnation.hex())
         peer.ask(
-            [int(Kind.LINK), object_id, through.name, through.advertised, reference.id, tensor._spec.to_wire(), *about, capability],
+            [int(Kind.LINK), object_id, through.name, through.terms.advertised, reference.id, tensor._spec.to_wire(), *about, capability],
             keep=reference,
         )
         if peer.channel.session.waiting >= BATCH:
@@ -64,7 +64,7 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
             plain = plain.clone()
         route, spec = route_of(peer), spec_of(plain)
         route.order()
-        object_id = peer.new_id()
+        object_id = peer.references.new_id()
         nbytes = plain.numel() * plain.itemsize
         if nbytes >= LARGE and not peer.channel.inline:
             peer.upload([int(Kind.PUT), object_id, None, bool(wants_grad), *about], 2, plain, caller())
@@ -72,7 +72,7 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
             peer.tell([int(Kind.PUT), object_id, plain, bool(wants_grad), *about], caller(), nbytes)
             if nbytes >= LARGE:
                 peer.flush()
-    pointer = PointerTensor.wrap(route, peer.refer(object_id), spec, bool(wants_grad))
+    pointer = PointerTensor.wrap(route, peer.references.refer(object_id), spec, bool(wants_grad))
     write_note(pointer, note)
     grad = _grad_of(tensor)
     if grad is not None:
@@ -107,7 +107,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     pointer._route.order()
     asked = [int(Kind.FETCH), reference.id]
     answer = peer.request(asked) if peer.channel.inline else peer.download(asked, pointer.nbytes)
-    peer.raise_orphan()
+    peer.answers.raise_orphan()
     wants_grad = bool(pointer.requires_grad and pointer.is_leaf)
     grad = _grad_of(pointer)
     result: torch.Tensor
@@ -118,7 +118,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
         route = route_of(through, *workers[2:])
         # The reference to the pointer over there pins its target until we are listed as a holder ourselves. If we are not, nothing
         # has changed.
-        claimed = through.refer(target, claimed=True)
+        claimed = through.references.refer(target, claimed=True)
         through.request([int(Kind.CLAIM), target, capability])
         result = PointerTensor.wrap(route, claimed, pointer._spec, wants_grad)
         route.order()
@@ -193,15 +193,15 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str, *, relay: b
     if len(workers) > 1:
         if relay:
             raise PointerError("relay=True moves what a pointer points at directly, and this is a chain; p.get() one hop first")
-        message = [len(workers) - 1, target.id, target.peer.advertised, 0, 0, False, target.peer.give(operation="dial")]
+        message = [len(workers) - 1, target.id, target.peer.terms.advertised, 0, 0, False, target.peer.terms.give(operation="dial")]
         return _replace(pointer, message, (*workers[:-1], target.id), "move")
-    new_id = target.peer.new_id()
-    arrived = target.peer.refer(new_id)
+    new_id = target.peer.references.new_id()
+    arrived = target.peer.references.refer(new_id)
     if relay:
         pass_on(reference, target.peer, new_id, bool(pointer.requires_grad and pointer.is_leaf), note_of(pointer))
         return _moved(pointer, target, arrived, relay=True)
-    request = [int(Kind.MOVE), reference.id, 0, target.id, target.peer.advertised, new_id, target.peer.session_id, False]
-    request.append(target.peer.give(object=new_id, operation="move", audience=reference.peer.incarnation.hex()))
+    request = [int(Kind.MOVE), reference.id, 0, target.id, target.peer.terms.advertised, new_id, target.peer.session_id, False]
+    request.append(target.peer.terms.give(object=new_id, operation="move", audience=reference.peer.incarnation.hex()))
     target.peer.flush()
     try:
         reference.peer.request(request)
@@ -248,7 +248,7 @@ def remote_send(pointer: PointerTensor, worker: RemoteWorker | str) -> PointerTe
     target = resolve(worker)
     gate.check_live(pointer)
     workers = pointer._route.workers
-    message = [len(workers) - 1, target.id, target.peer.advertised, 0, 0, True, target.peer.give(operation="dial")]
+    message = [len(workers) - 1, target.id, target.peer.terms.advertised, 0, 0, True, target.peer.terms.give(operation="dial")]
     return _replace(pointer, message, (*workers, target.id), "remote_send")
 
 

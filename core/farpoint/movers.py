@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from farpoint.answers import LOCAL
 from farpoint.channel import LARGE
 from farpoint.errors import (
     FarpointError,
@@ -23,7 +24,6 @@ from farpoint.errors import (
 from farpoint.failures import describe_failure
 from farpoint.limits import DEFAULT_LIMITS
 from farpoint.names import check_note
-from farpoint.peer import LOCAL
 from farpoint.protocol import transfer as states
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import ID, PAYLOAD, brief
@@ -109,9 +109,9 @@ class Movers:
                     guest.answer(number, True)
             else:
                 there = worker.introduce(destination, url, capability)
-                onward[5:7] = [there.new_id(), there.session_id]
-                onward[8] = there.give(object=onward[5], operation="move", audience=peer.incarnation.hex())
-                reference = there.refer(onward[5])
+                onward[5:7] = [there.references.new_id(), there.session_id]
+                onward[8] = there.terms.give(object=onward[5], operation="move", audience=peer.incarnation.hex())
+                reference = there.references.refer(onward[5])
 
                 def done() -> None:
                     worker.store[object_id] = attrs.evolve(value, reference=reference)
@@ -159,12 +159,12 @@ class Movers:
             raise QuotaError(worker.id, "transfers", worker.limits.transfers, f"move {guest.moves + 1} at a time")
         there = worker.introduce(destination, url, capability)
         if leave:
-            new_id, holder = there.new_id(), there.session_id
+            new_id, holder = there.references.new_id(), there.session_id
 
         def done() -> None:
             guest.moves -= 1
             if leave:
-                pointer = StoredPointer(worker.id, object_id, there.refer(new_id), None)
+                pointer = StoredPointer(worker.id, object_id, there.references.refer(new_id), None)
                 if object_id in worker.store:  # or the last holder has left meanwhile, and what moved is given up there
                     worker.store[object_id] = pointer
                 worker.dirty.add(there)

@@ -3,90 +3,45 @@
 from __future__ import annotations
 
 import copy
-import os
 import secrets
-import struct
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 
-from farpoint.about import read_versions
 from farpoint.access import NO_CREDENTIALS, Credentials
+from farpoint.answers import Answers, Reply
 from farpoint.approach import Approach, come_back
 from farpoint.blocking import is_blocking
 from farpoint.bulk import Stream
-from farpoint.capability import HOLD_SECONDS, MOVE_SECONDS, PREFIX, narrow
+from farpoint.capability import PREFIX
 from farpoint.channel import BATCH, Channel, Lane, bare
 from farpoint.errors import (
     FarpointError,
     LimitError,
-    MalformedMessageError,
     NobodyListensError,
-    ObjectNotFoundError,
     ProtocolError,
-    SynchronizationTimeoutError,
     TransportError,
     UnreachableError,
     WorkerRestartedError,
 )
-from farpoint.failures import read_failure, revive_failure
 from farpoint.plugins import plugins
 from farpoint.progress import progress_bar
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
-from farpoint.protocol.shapes import FAILURE, brief, check_answer
-from farpoint.provenance import NOWHERE, Origin, spell
+from farpoint.provenance import NOWHERE, Origin
+from farpoint.references import References
+from farpoint.terms import Terms, read_terms
 
 if TYPE_CHECKING:
     from farpoint.template import Template
     from farpoint.worker import Worker
 
 PROMISED_BYTES = 16 * 2**20
-_LOOK_SECONDS = 0.1
 
-LOCAL = 0
-"""The holder that a worker is in its own list, and the session that its own moves belong to."""
 RUN, DEFINE, SYNC = int(Kind.RUN), int(Kind.DEFINE), int(Kind.SYNC)
-
-
-def unguessable_ids() -> list[int]:
-    """Return ids of which none tells anything about another: an id is all that one needs to become a holder."""
-    return [number >> 1 or 1 for number in struct.unpack("<512Q", os.urandom(4096))]
-
-
-class Reference:
-    """One reference of this process to a remote object. Its end is noted, and told with the next batch."""
-
-    __slots__ = ("__weakref__", "id", "peer")
-
-    def __init__(self, peer: Peer, object_id: int) -> None:
-        self.peer = peer
-        self.id = object_id
-
-    def __del__(self) -> None:
-        # No I/O in a finalizer: it may run anywhere, also while the channel's lock is held.
-        self.peer.dropped.append(self.id)
-
-
-class Reply:
-    """The answer to one command, when it comes."""
-
-    def __init__(
-        self, asked: list[Any], then: Callable[[Any], None] | None = None, keep: object = None
-    ) -> None:
-        self.asked = asked
-        self.number = 0
-        self.value: Any = None
-        self.error: dict[str, Any] | None = None
-        self.done = threading.Event()
-        self.then = then
-        self.keep = keep
 
 
 class Peer:
@@ -105,9 +60,10 @@ class Peer:
         closing: Set when the session is over.
         dead: Whether that is so because the worker's process has ended.
         absence: Why there is no link now, if there is none.
-        advertised: Where it wants to be dialled by others.
-        capability: What we may do there, to be narrowed for others.
-        versions: Of `farpoint` and `torch` there, as far as the worker has told them.
+        limits: What must not be exceeded: ours, and what the worker has told of its own.
+        terms: What the worker has told.
+        references: To its objects.
+        answers: What it is asked.
     """
 
     def __init__(
@@ -116,7 +72,6 @@ class Peer:
         self.owner = owner
         self.name = name
         self.url = url
-        self.advertised = url
         self.credentials = credentials
         self.offered = list(serializers)
         self.session_id = secrets.randbits(62) + 1
@@ -124,17 +79,11 @@ class Peer:
         self.closing = threading.Event()
         self.absence = ""
         self.dead = False
-        self.capability = ""
-        self._ahead = 0.0
-        self.versions: dict[str, str] = {}
         self.limits = credentials.limits
-        self.dropped: deque[int] = deque()
-        self.pending: dict[int, Reply] = {}
-        self.orphans: deque[int] = deque(maxlen=self.limits.failures)
-        self._ids: list[int] = []
-        self._counts: dict[int, int] = {}
+        self.terms = Terms(self.limits, url)
+        self.references = References(self)
+        self.answers = Answers(self)
         self._slots: dict[int, tuple[int, Template]] = {}
-        self._issued: deque[tuple[int, Origin]] = deque(maxlen=2 * self.limits.commands_in_flight)
         self._welcomed = False
         self._deferred: list[Callable[[FarpointError | None], None]] = []
         self._promised = 0
@@ -210,26 +159,11 @@ class Peer:
 
     def begin(self, lane: Lane, welcome: dict[str, Any]) -> None:
         """Take a welcome that was checked: the session begins."""
-        theirs = welcome.get("limits")
-        for limit, kinds, least in (
-            *(("commands_in_flight", (int,), 2), ("templates", (int,), 2), ("transfers", (int,), 1)),
-            ("lease_seconds", (int, float), 2),
-        ):
-            allowed: Any = theirs.get(limit) if isinstance(theirs, dict) else None
-            if type(allowed) in kinds and least <= allowed < getattr(self.limits, limit):
-                self.limits = attrs.evolve(self.limits, **{limit: allowed})
+        self.terms = read_terms(welcome, self.url, self.limits)
+        self.limits = self.terms.limits
         self._room = self.limits.commands_in_flight // 2
         self.incarnation = bytes.fromhex(welcome["incarnation"])
-        url = welcome.get("url")
-        if type(url) is str and 0 < len(url) <= self.limits.url_chars:
-            self.advertised = url
-        capability: Any = welcome.get("capability")
-        clock: Any = welcome.get("clock")
-        if type(capability) is str and capability.isascii() and type(clock) in (int, float) and abs(clock) < 2**53:
-            self.capability = capability[: self.limits.capability_chars]
-            self._ahead = float(clock) - time.time()
         self.name = self.channel.name = welcome["worker"]
-        self.versions = read_versions(welcome)
         self.channel.session.remote = self.incarnation
         serializer = plugins.serializer(welcome["serializer"], self.owner.limits)
         self.channel.open(lane, self.channel.session, serializer, self.owner.limits, inline=plugins.transport(self.url).inline)
@@ -268,48 +202,15 @@ class Peer:
             cause = UnreachableError(self.url, cause.cause, fix, self.owner.id, self.name)
         with self.channel.lock:
             self.channel.lost = self.channel.lost or bare(cause) or ConnectionError("the worker was closed")
-            waiting = list(self.pending.values())
-            self.pending.clear()
+            waiting = self.answers.take_pending()
         self.channel.end()
         self.owner.peer_lost(self)
         with self.owner.lock:
             deferred, self._deferred = self._deferred, []
             for call in deferred:
                 call(self.channel.ended())
-        for reply in waiting:
-            reply.error = {"lost": True}
-            self._settle(reply)
+        self.answers.lose(waiting)
         self.owner.settle()
-
-    def give(self, **caveats: str | int) -> str:
-        """Return a capability for somebody else who is to act there for us, empty if the worker asks for none.
-
-        Args:
-            caveats: What it is good for: see `farpoint.capability`.
-        """
-        if not self.capability:
-            return ""
-        seconds = MOVE_SECONDS if caveats.get("operation") == "move" else HOLD_SECONDS
-        # The nonce tells two capabilities for the same apart, for each can be used once.
-        expiry = int(time.time() + self._ahead) + seconds
-        return narrow(self.capability, expiry=expiry, nonce=secrets.token_hex(8), **caveats)
-
-    def new_id(self) -> int:
-        """Return an id for a new object there, and hold a reference to it."""
-        try:
-            object_id = self._ids.pop()
-        except IndexError:
-            object_id, *fresh = unguessable_ids()
-            self._ids.extend(fresh)
-        self._counts[object_id] = 1
-        return object_id
-
-    def refer(self, object_id: int, *, claimed: bool = False) -> Reference:
-        """Return a reference to an object that `new_id` has counted, or count one more for one that was claimed."""
-        if claimed:
-            with self.channel.lock:
-                self._counts[object_id] = self._counts.get(object_id, 0) + 1
-        return Reference(self, object_id)
 
     def run(
         self,
@@ -335,7 +236,7 @@ class Peer:
             known = self._slots.get(id(template))
             slot = known[0] if known is not None else self.slot(template)
             number = channel.submit([RUN, slot, values, results])
-            self._issued.append((number, origin))
+            self.answers.issued.append((number, origin))
             self._promised += nbytes
             due = channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
         if due:
@@ -409,7 +310,7 @@ class Peer:
             self.make_room()
         with self.channel.lock:
             self._drop()  # before it: there may be no room for both
-            self._issued.append((self.channel.submit(message), origin))
+            self.answers.issued.append((self.channel.submit(message), origin))
             self._promised += nbytes
             full = self.channel.session.waiting >= BATCH or self._promised > PROMISED_BYTES
         if full and isinstance(origin[0], CodeType):
@@ -426,7 +327,7 @@ class Peer:
             tensor: The tensor, dense; nobody changes it.
             origin: Where the command comes from.
         """
-        return self.channel.stream(message, path, tensor, 0, lambda number: self._issued.append((number, origin)))
+        return self.channel.stream(message, path, tensor, 0, lambda number: self.answers.issued.append((number, origin)))
 
     def upload(self, message: list[Any], position: int, tensor: torch.Tensor, origin: Origin = NOWHERE) -> None:
         """Issue a command with a large tensor, and return when it has arrived: until then it must not change.
@@ -444,7 +345,7 @@ class Peer:
         try:
             with progress_bar(f"to {self.name}", stream.total) as bar:
                 self.flush()
-                self._await(stream.done, None, lambda: bar(stream.sent))
+                self.answers.wait(stream.done, None, lambda: bar(stream.sent))
         except BaseException:
             with self.channel.lock:
                 if self.channel.bulk is not None:
@@ -469,7 +370,7 @@ class Peer:
         with self.channel.lock:
             self._drop()
             reply.number = self.channel.submit(message)
-            self.pending[reply.number] = reply
+            self.answers.pending[reply.number] = reply
         return reply
 
     def wait(self, reply: Reply, seconds: float | None = None) -> Any:
@@ -484,38 +385,8 @@ class Peer:
         """
         self.flush()
         if not reply.done.is_set():
-            self._await(reply.done, seconds)
-        if reply.error is not None:
-            # Not by way of a variable: with the traceback it would be a ring, which keeps the pointers of whoever called.
-            raise self._cause_of(self.error(reply.error))
-        return reply.value
-
-    def _cause_of(self, error: FarpointError) -> FarpointError:
-        if isinstance(error, ObjectNotFoundError):
-            self.raise_orphan()  # what should have made the object has failed, and left nothing that could say so
-        return error
-
-    def _await(self, done: threading.Event, seconds: float | None, look: Callable[[], object] = lambda: None) -> None:
-        patience = self.limits.progress_seconds if seconds is None else seconds
-        began = time.monotonic()
-        left = patience
-        while not done.wait(min(left, _LOOK_SECONDS)):
-            look()
-            lane = self.channel.lane
-            alive = 0.0 if seconds is not None else max(self.channel.heard, lane.link.heard if lane is not None else 0.0)
-            left = max(began, alive) + patience - time.monotonic()
-            if left <= 0:
-                raise SynchronizationTimeoutError(self.name or self.url, patience, "" if lane is not None else self.absence)
-        look()
-
-    def raise_orphan(self) -> None:
-        """Raise the first error of a command that had no result to carry it, and that nobody has seen yet."""
-        while self.orphans:
-            uid = self.orphans.popleft()
-            error, seen = self.owner.failures.get(uid, (None, True))
-            if error is not None and not seen:
-                self.owner.failures[uid] = (error, True)
-                raise copy.copy(error)
+            self.answers.wait(reply.done, seconds)
+        return self.answers.value(reply)
 
     def request(self, message: list[Any]) -> Any:
         """Issue a command and wait for its answer."""
@@ -528,7 +399,7 @@ class Peer:
         if self.channel.bulk is not None and not reply.done.is_set():
             bulk = self.channel.bulk
             with progress_bar(f"from {self.name}", nbytes) as bar:
-                self._await(reply.done, None, lambda: bar(bulk.progress(reply.number)[0]))
+                self.answers.wait(reply.done, None, lambda: bar(bulk.progress(reply.number)[0]))
         return self.wait(reply)
 
     def flush(self) -> None:
@@ -538,18 +409,6 @@ class Peer:
             if self.channel.lost is None:
                 self._drop()
         self.channel.flush()
-
-    def error(self, failure: dict[str, Any]) -> FarpointError:
-        """Return the exception for a failure, with the line that issued it; it counts as looked at.
-
-        Who raises it gets a copy: what is kept must never have a traceback, whose frames would keep their pointers.
-        """
-        if "lost" in failure:
-            return self.channel.ended()
-        known = self.owner.failures.get(failure["uid"])
-        error = known[0] if known else revive_failure(failure, "")
-        self.owner.failures[failure["uid"]] = (error, True)
-        return copy.copy(error)
 
     def broke(self, error: ProtocolError) -> FarpointError:
         """Close the link to a worker that has broken the protocol, and return the error for whoever noticed."""
@@ -566,69 +425,11 @@ class Peer:
                 lane.link.close()
 
     def _drop(self) -> None:
-        gone = []
-        while self.dropped:
-            object_id = self.dropped.popleft()
-            left = self._counts.get(object_id, 0) - 1
-            if left > 0:
-                self._counts[object_id] = left
-            else:
-                self._counts.pop(object_id, None)
-                gone.append(object_id)
-        for start in range(0, len(gone), 1024):
-            self.channel.submit([int(Kind.RELEASE), gone[start : start + 1024]])
+        for ids in self.references.take_released():
+            self.channel.submit([int(Kind.RELEASE), ids])
 
     def _deliver(self, number: int, message: list[Any]) -> None:
-        if type(message) is not list or len(message) != 3 or type(message[0]) is not int:
-            raise MalformedMessageError("a message", "it", "a list of kind, number and content", brief(message))
-        kind, about, content = message
-        if kind not in (Kind.ANSWER, Kind.FAILURE):
-            return  # a newer worker may say more
-        if type(about) is not int or not 0 <= about <= self.channel.session.submitted:
-            raise MalformedMessageError(Kind(kind).name, "the number", "that of a command", brief(about))
-        reply = self.pending.get(about)
-        if kind == Kind.FAILURE:
-            FAILURE.check_map(content)
-            if about == 0:
-                self.channel.fail(TransportError(self.url, f"{self.name} ended the link: {content['text']}"))
-                return
-            content = read_failure(content, self.name)
-            self._note(about, content, awaited=reply is not None)
-            if reply is not None:
-                reply.error = content
-                del self.pending[about]
-                self._settle(reply)
-        elif reply is not None:
-            check_answer(reply.asked, content)
-            reply.value = content
-            del self.pending[about]
-            self._settle(reply)
-
-    def _settle(self, reply: Reply) -> None:
-        try:
-            if reply.then is not None:
-                with self.owner.lock:  # as for a command: it speaks for the worker, and may change its store
-                    reply.then(self.error(reply.error) if reply.error is not None else reply.value)
-        finally:
-            reply.done.set()
-
-    def _note(self, about: int, failure: dict[str, Any], *, awaited: bool) -> None:
-        origin = next((place for number, place in reversed(self._issued) if number == about), NOWHERE)
-        if origin[0] == LOCAL:  # it was said about a move
-            self.owner.movers.unheard(self, origin[1], failure["text"])
-            return
-        if isinstance(origin[0], int):  # it was passed on: whoever issued it is told instead
-            guest = self.owner.guests.get(origin[0])
-            if guest is not None:
-                guest.fail(origin[1], failure)
-            return
-        failures = self.owner.failures
-        if failure["uid"] not in failures:
-            failures[failure["uid"]] = (revive_failure(failure, spell(origin)), False)
-            if failure["orphan"] and not awaited:
-                self.orphans.append(failure["uid"])
-            while len(failures) > self.limits.failures:
-                failures.pop(next(iter(failures)), None)
+        self.answers.deliver(message)
 
     def _after(self) -> None:
         self.owner.settle()

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from farpoint import gate
 from farpoint.errors import FarpointError, NotColocatedError, OperationNotAllowedError, RemoteExecutionError
 from farpoint.inference import Layout, Signature, layout_of, signature_of
-from farpoint.peer import Reference
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
+from farpoint.references import Reference
 from farpoint.route import SPENT, Route
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
 
@@ -278,12 +278,12 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     # Three frames need not be looked at: this one, __torch_dispatch__ and the function itself.
     place = caller(3)
     if signature.only is not None:
-        result = peer.new_id()
+        result = peer.references.new_id()
         peer.run(signature.template, operands.values, [result], place, signature.nbytes)
         return PointerTensor.wrap(route, Reference(peer, result), signature.only)
     if signature.outputs is None:
         return _ask(func, route, signature, operands)
-    results = [peer.new_id() if type(output) is TensorSpec else 0 for output in signature.outputs]
+    results = [peer.references.new_id() if type(output) is TensorSpec else 0 for output in signature.outputs]
     peer.run(signature.template, operands.values, results, place, signature.nbytes)
     if signature.changed:
         for position, spec in signature.changed:
@@ -322,8 +322,8 @@ def _ask(func: Any, route: Route, signature: Signature, operands: _Operands) -> 
     returns = func._schema.returns
     if any("[]" in str(r.type) or "List" in str(r.type) for r in returns):
         raise FarpointError(f"{func}: how many tensors it returns depends on data, and cannot be known here")
-    results = [peer.new_id() for _ in returns]
-    references = [peer.refer(result) for result in results]
+    results = [peer.references.new_id() for _ in returns]
+    references = [peer.references.refer(result) for result in results]
     with peer.channel.lock:
         slot = peer.slot(signature.template)
         reply = peer.ask([int(Kind.ASK), slot, operands.values, results])

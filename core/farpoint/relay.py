@@ -14,7 +14,8 @@ from farpoint.spec import spec_from_wire
 from farpoint.store import Annotation
 
 if TYPE_CHECKING:
-    from farpoint.peer import Peer, Reference
+    from farpoint.peer import Peer
+    from farpoint.references import Reference
 
 _PATIENCE = 1.0
 AHEAD = 4

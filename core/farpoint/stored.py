@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 if TYPE_CHECKING:
-    from farpoint.peer import Reference
+    from farpoint.references import Reference
     from farpoint.spec import TensorSpec
 
 

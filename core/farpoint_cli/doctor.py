@@ -86,7 +86,7 @@ def _check_worker(url: str, token: str | None, ca: Path | None) -> list[str]:
 
     try:
         with connect(url, token=token, ca=ca) as worker:
-            theirs = worker.peer.versions
+            theirs = worker.peer.terms.versions
             typer.echo(f"{'worker':<11} {worker.id:<14} {url}, {tell(theirs)}, {1000 * worker.ping():.2f} ms")
     except (FarpointError, OSError) as error:
         return [str(error)]

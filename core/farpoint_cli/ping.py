@@ -24,7 +24,7 @@ def ping(
 
     try:
         with connect(url, token=token, ca=ca) as worker:
-            typer.echo(f"{worker.id} at {url}: {tell(worker.peer.versions)}")
+            typer.echo(f"{worker.id} at {url}: {tell(worker.peer.terms.versions)}")
             times = [1000 * worker.ping() for _ in range(count)]
     except PluginError as error:
         complain("ping", error, 2)
