@@ -23,7 +23,7 @@ from saboteur import EMPTY, PLUGIN, SECONDS, Station
 from strangers import install
 
 farpoint.TorchHook(torch)
-LIMITS = Limits(lease_seconds=2.0, reconnect_seconds=1.0)
+LIMITS = Limits(lease_seconds=2.0, kept_seconds=2.0, reconnect_seconds=1.0)
 SIZES = {"small": 4, "large": 2**20}  # of int64: 8 MiB are eight chunks
 
 
@@ -76,7 +76,7 @@ for line in sys.stdin:
     if pid:
         print(pid, flush=True)
         continue
-    limits = Limits(lease_seconds=2.0, reconnect_seconds=1.0)
+    limits = Limits(lease_seconds=2.0, kept_seconds=2.0, reconnect_seconds=1.0)
     bob, alice = [farpoint.connect(urls[name], token=token, limits=limits) for name in ("bob", "alice")]
     p = torch.arange(size).send(bob)
     if what == "move":

@@ -36,7 +36,7 @@ from farpoint.worker import Worker
 
 farpoint.TorchHook(torch)
 TOKEN = 30 * "t"
-QUICK = Limits(lease_seconds=PATIENCE, reconnect_seconds=0.5, progress_seconds=PATIENCE)
+QUICK = Limits(kept_seconds=PATIENCE, reconnect_seconds=0.5, progress_seconds=PATIENCE)
 
 
 def numbers() -> Any:
@@ -181,7 +181,7 @@ class TestSessions:
         bob.close()
 
     def test_a_lease_ends(self, make: Make) -> None:
-        worker = make(limits=Limits(lease_seconds=0.2))
+        worker = make(limits=Limits(lease_seconds=0.2, kept_seconds=0.2))
         bob = farpoint.connect(worker.url)
         p = numbers().send(bob)
         bob.synchronize()

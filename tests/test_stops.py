@@ -61,7 +61,7 @@ def test_nothing_is_executed_for_a_second_time_in_the_next_life() -> None:
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_the_destination_of_a_move_is_stopped(tmp_path: Path, staged: bool) -> None:
-    with performance(tmp_path, attrs.evolve(ALERT, lease_seconds=2.0)) as stage, stage.station("alice") as alice:
+    with performance(tmp_path, attrs.evolve(ALERT, lease_seconds=2.0, kept_seconds=2.0)) as stage, stage.station("alice") as alice:
         works(stage)
         p = data("small").send(stage.cluster.bob)
         if staged:

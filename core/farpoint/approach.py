@@ -179,7 +179,7 @@ def come_back(peer: Peer, cause: Exception) -> None:
             reason = error
         else:
             return
-        patience = peer.limits.lease_seconds
+        patience = peer.limits.kept_seconds
         if isinstance(reason, NobodyListensError):
             patience = min(patience, peer.limits.reconnect_seconds)
         elif isinstance(reason, NotAdmittedError) and peer.invited:

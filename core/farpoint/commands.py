@@ -307,7 +307,8 @@ class Commands:
     def _search(self, guest: Guest, number: int, message: list[Any]) -> None:
         tags, words = check_query(message[1])
         self._worker.authorize(guest, "search")
-        notes = ((object_id, self._worker.store.annotation(object_id)) for object_id in self._worker.store)
+        hidden = self._worker.quarantine.objects()
+        notes = ((i, self._worker.store.annotation(i)) for i in self._worker.store if i not in hidden)
         found = [i for i, note in notes if tags <= note.tags and (not words or words <= words_of(note.description))]
         guest.answer(number, found[: self._worker.limits.results])
 
@@ -324,7 +325,7 @@ class Commands:
 
     def _list(self, guest: Guest, number: int, message: list[Any]) -> None:
         self._worker.authorize(guest, "list")
-        guest.answer(number, list_store(self._worker.store, message[1]))
+        guest.answer(number, list_store(self._worker.store, message[1], self._worker.quarantine.objects()))
 
     def _locate(self, guest: Guest, number: int, message: list[Any]) -> None:
         if message[1] not in self._worker.store and self._worker.movers.on_the_way(

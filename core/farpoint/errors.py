@@ -213,15 +213,19 @@ class WorkerLostError(FarpointError, ConnectionError):
     Attributes:
         worker: Who is gone.
         cause: What was noticed.
+        route: The workers on the way to the data, for a pointer that leads over several.
     """
 
-    def __init__(self, worker: str, cause: str) -> None:
+    def __init__(self, worker: str, cause: str, route: Sequence[str] = ()) -> None:
         self.worker = worker
         self.cause = cause
-        super().__init__(
-            f"{worker} cannot be reached any more: {cause}. "
-            "Pointers to it are lost: connect again, and send the data again."
-        )
+        self.route = tuple(route)
+        if len(self.route) > 1 and worker in self.route[:-1]:
+            way = f", on the way {' -> '.join(('me', *self.route))}"
+            fix = "p.bypass() goes past it, if this process knows how; else connect again, and send the data again."
+        else:
+            way, fix = "", "Pointers to it are lost: connect again, and send the data again."
+        super().__init__(f"{worker} cannot be reached any more{way}: {cause}. {fix}")
 
 
 class WorkerRestartedError(WorkerLostError):

@@ -40,6 +40,9 @@ class Executor(Protocol):
     def execute(self, template: Template, values: list[Any]) -> Any:
         """Return what an operation returns. See the function `execute`."""
 
+    def rest(self) -> None:
+        """Keep nothing until the next operation."""
+
     def close(self) -> None:
         """Run no more."""
 
@@ -48,6 +51,9 @@ class InProcess:
     """Runs them here, on the thread that asks."""
 
     execute = staticmethod(execute)
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from farpoint.errors import FarpointError, NotColocatedError, PointerSpentError, ValueNotHereError
+from farpoint.errors import (
+    FarpointError,
+    NotColocatedError,
+    PointerSpentError,
+    ValueNotHereError,
+    WorkerLostError,
+)
 from farpoint.provenance import spell
 from farpoint.route import SPENT
 
@@ -118,6 +125,18 @@ def check_live(pointer: PointerTensor) -> Reference:
         pointer_text, how, place = pointer._spent
         raise PointerSpentError(pointer_text, how, spell(place) or "an unknown place")
     return pointer._reference
+
+
+@contextmanager
+def underway(pointer: PointerTensor) -> Iterator[None]:
+    """Let an error of a worker that is lost say on which way it was needed."""
+    workers = pointer._route.workers
+    try:
+        yield
+    except WorkerLostError as error:
+        if len(workers) == 1 or error.route:
+            raise
+        raise type(error)(error.worker, error.cause, workers) from None
 
 
 def first_pointer(pointers: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> PointerTensor:

@@ -6,7 +6,7 @@ import hmac
 import json
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +94,7 @@ class Doorstep:
             return {"refused": f"none of the serializers that were offered is known here; known: {known}"}
         if hello["taken"] is not None:
             return self._take_back(hello, shared[0])
-        if len(worker.guests) >= worker.limits.links:
+        if len(worker.guests) >= worker.limits.links and not worker.quarantine.give_room():
             return {"refused": f"{worker.id} has {worker.limits.links} clients, as many as it takes"}
         try:
             introduced = worker.doorman.introduced(self._link.token, hello["incarnation"])
@@ -165,6 +165,7 @@ class Guest:
         doomed: Why its link is about to be closed.
         reading: What it reads piece by piece, as it is stored and as bytes.
         left: Whether it is gone, and what it held with it.
+        away: Whether its lease has run out, and it may still come back.
         executor: What runs its operations.
     """
 
@@ -188,12 +189,13 @@ class Guest:
         self.bad = 0
         self.doomed: ProtocolError | None = None
         self.left = False
+        self.away = False
         self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
         isolation = worker.isolation
         self.executor: Executor = isolation.executor(self) if isolation is not None else IN_PROCESS
         self.at_once = False
         self._onward: dict[Peer, deque[int]] = {}
-        self._lease: threading.Timer | None = None
+        self._timer: threading.Timer | None = None
         self.channel = Channel(
             self.name,
             self._deliver,
@@ -214,7 +216,8 @@ class Guest:
             if self.left or self.channel.lost is not None or self.doomed is not None:
                 return False
             self.channel.resume(lane, taken)
-            self._end_lease()
+            self._expect_nothing()
+            self.away = False
             return True
 
     def parted(self, lane: Lane, cause: Exception | None) -> None:
@@ -227,21 +230,26 @@ class Guest:
         self.worker.logger.info("%s: the link to %s is lost: %s", self.worker.id, self.name, cause)
         with self.worker.lock:
             if self.channel.lane is None and not self.left:
-                self._lease = threading.Timer(self.worker.limits.lease_seconds, self.worker.guest_lost, [self])
-                self._lease.daemon = True
-                self._lease.start()
+                self.expect(self.worker.limits.lease_seconds, self.worker.quarantine.take)
+
+    def expect(self, seconds: float, otherwise: Callable[[Guest], None]) -> None:
+        """Do something if the client has not come back by then. Called with the worker's lock held."""
+        self._expect_nothing()
+        self._timer = threading.Timer(seconds, otherwise, [self])
+        self._timer.daemon = True
+        self._timer.start()
 
     def leave(self) -> None:
         """End the session. Called with the worker's lock held."""
         self.left = True
-        self._end_lease()
+        self._expect_nothing()
         self.channel.fail(WorkerLostError(self.name, "its session is over"))
         self.channel.end()
 
-    def _end_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.cancel()
-            self._lease = None
+    def _expect_nothing(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def pass_on(self, peer: Peer) -> None:
         """Count a command that is about to be passed on to another worker.

@@ -11,7 +11,7 @@ from farpoint.catalogue import note_of, write_note
 from farpoint.channel import BATCH, LARGE
 from farpoint.errors import FarpointError, MalformedMessageError, PointerError, WorkerLostError
 from farpoint.names import check_note
-from farpoint.pointer import PointerTensor, spend
+from farpoint.pointer import Beyond, PointerTensor, spend
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import brief
 from farpoint.provenance import caller
@@ -73,6 +73,8 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
             if nbytes >= LARGE:
                 peer.flush()
     pointer = PointerTensor.wrap(route, peer.references.refer(object_id), spec, bool(wants_grad))
+    if isinstance(tensor, PointerTensor):
+        pointer._beyond = Beyond(through.name, through.url, reference.id, tensor._beyond)
     write_note(pointer, note)
     grad = _grad_of(tensor)
     if grad is not None:
@@ -121,6 +123,7 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
         claimed = through.references.refer(target, claimed=True)
         through.request([int(Kind.CLAIM), target, capability])
         result = PointerTensor.wrap(route, claimed, pointer._spec, wants_grad)
+        result._beyond = pointer._beyond and pointer._beyond.further
         route.order()
     else:
         _, value, _, tags, description = answer
@@ -250,6 +253,44 @@ def remote_send(pointer: PointerTensor, worker: RemoteWorker | str) -> PointerTe
     workers = pointer._route.workers
     message = [len(workers) - 1, target.id, target.peer.terms.advertised, 0, 0, True, target.peer.terms.give(operation="dial")]
     return _replace(pointer, message, (*workers, target.id), "remote_send")
+
+
+def bypass(pointer: PointerTensor) -> PointerTensor:
+    """Leave the first worker of a chain out, and every one after it that is lost: take the way straight to the next.
+
+    What a lost worker held elsewhere is kept there while its lease runs, and then in quarantine (`kept_seconds`). This process
+    knows where that is if it has sent the pointer there itself; of what was computed by way of a chain it does not.
+
+    Args:
+        pointer: A chain. It is spent afterwards.
+
+    Raises:
+        PointerError: It is no chain, or one whose further way is not known.
+        ObjectNotFoundError: The next worker does not have the object any more.
+        WorkerLostError: No worker of the chain can be reached.
+    """
+    gate.check_live(pointer)
+    workers, beyond = pointer._route.workers[1:], pointer._beyond
+    if not workers:
+        raise PointerError("p.bypass() leaves the first worker of a chain out, and this pointer leads straight to its data")
+    if beyond is None:
+        raise PointerError(f"it is not known here where on {workers[0]} this chain goes on: {workers[0]} was asked for it by another worker")
+    while True:
+        try:
+            peer = me().introduce(beyond.worker, beyond.url)
+            claimed = peer.references.refer(beyond.target, claimed=True)
+            peer.request([int(Kind.CLAIM), beyond.target, ""])
+            break
+        except ConnectionError:  # of ours: the worker, or the way to it, is gone
+            if beyond.further is None:
+                raise
+            workers, beyond = workers[1:], beyond.further
+    route = route_of(peer, *workers[1:])
+    found = PointerTensor.wrap(route, claimed, pointer._spec, bool(pointer.requires_grad and pointer.is_leaf))
+    found._beyond = beyond.further
+    write_note(found, note_of(pointer))
+    spend(pointer, "bypass")
+    return found
 
 
 def _shorten(pointer: PointerTensor, how: str) -> PointerTensor:

@@ -49,7 +49,9 @@ class Limits:
         links_per_address: Links from one address.
         failed_logins: Wrong tokens from one address in a minute, before it has to wait for one.
         progress_seconds: Time that a call waits for a worker that gives no sign of life.
-        lease_seconds: Time that a session outlives its link, and what it holds with it.
+        lease_seconds: Time that a session outlives its link. After it, what only such sessions hold is in quarantine.
+        kept_seconds: Time after which a session without a link is over, and what it held is freed; the lease is part of it.
+        quarantine_bytes: Tensor bytes that may be in quarantine: beyond, sessions that have been away the longest are over.
         reconnect_seconds: Time that a client tries to come back while nobody listens where its worker was.
     """
 
@@ -91,6 +93,8 @@ class Limits:
     failed_logins: int = 5
     progress_seconds: float = 30.0
     lease_seconds: float = 60.0
+    kept_seconds: float = 600.0
+    quarantine_bytes: int = 4 * 1024 * MEBI
     reconnect_seconds: float = 15.0
 
     def advertised(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ are empty, or `pointer`; then they say what it points at, and the metadata of th
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -73,12 +74,13 @@ class ListedPointer:
         return f"(Wrapper)>[PointerTensor | {self.owner}:{self.id} -> {self.worker}:{self.target}]"
 
 
-def list_store(store: ObjectStore, after: Any) -> list[list[Any]]:
+def list_store(store: ObjectStore, after: Any, hidden: Collection[int] = ()) -> list[list[Any]]:
     """Return the entries of the objects whose ids come next.
 
     Args:
         store: What to list.
         after: The last id of the page before, 0 for the first page.
+        hidden: Ids that are left out.
 
     Raises:
         ProtocolError: That is no id.
@@ -86,7 +88,7 @@ def list_store(store: ObjectStore, after: Any) -> list[list[Any]]:
     if type(after) is not int:
         raise ProtocolError("LIST goes on after an object id, or 0")
     entries = []
-    for object_id in heapq.nsmallest(PAGE, (known for known in store if known > after)):
+    for object_id in heapq.nsmallest(PAGE, (known for known in store if known > after and known not in hidden)):
         value, note = store[object_id], store.annotation(object_id)
         about = [note.requires_grad, sorted(note.tags), note.description]
         if isinstance(value, torch.Tensor):

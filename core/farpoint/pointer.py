@@ -6,11 +6,18 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import attrs
 import torch
 from torch.utils import _pytree as pytree
 
 from farpoint import gate
-from farpoint.errors import FarpointError, NotColocatedError, OperationNotAllowedError, RemoteExecutionError
+from farpoint.errors import (
+    FarpointError,
+    NotColocatedError,
+    OperationNotAllowedError,
+    RemoteExecutionError,
+    WorkerLostError,
+)
 from farpoint.inference import Layout, Signature, layout_of, signature_of
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
@@ -20,6 +27,23 @@ from farpoint.spec import TensorSpec, spec_from_wire, spec_of
 
 _make = torch.Tensor._make_wrapper_subclass
 _ids = itertools.count(1)
+
+
+@attrs.frozen
+class Beyond:
+    """The second hop of a chain, as far as this process knows it: no reference, for the first worker has that.
+
+    Attributes:
+        worker: Name of the second worker.
+        url: Where it is dialled.
+        target: The object there.
+        further: The hop after it.
+    """
+
+    worker: str
+    url: str
+    target: int
+    further: Beyond | None
 
 
 class PointerTensor(torch.Tensor):
@@ -33,6 +57,7 @@ class PointerTensor(torch.Tensor):
     _route: Route
     _spec: TensorSpec
     _spent: tuple[str, str, Place]
+    _beyond: Beyond | None = None
 
     @staticmethod
     def wrap(route: Route, reference: Reference, spec: TensorSpec, requires_grad: bool = False) -> PointerTensor:
@@ -85,6 +110,11 @@ class PointerTensor(torch.Tensor):
             if func in gate.VALUES:
                 raise gate.not_here(gate.first_pointer(cls, args, kwargs), str(func)) from error
             raise
+        except WorkerLostError as error:
+            if error.route:
+                raise
+            with gate.underway(gate.first_pointer(cls, args, kwargs)):
+                raise
         except TypeError as error:
             # torch would turn it into NotImplemented below a dunder, and `p == x` into False.
             raise RemoteExecutionError("me", str(func), "TypeError", str(error)) from error
@@ -133,31 +163,42 @@ class PointerTensor(torch.Tensor):
         """Send this pointer: see `farpoint.send`."""
         from farpoint.handover import send
 
-        return send(self, worker, **options)
+        with gate.underway(self):
+            return send(self, worker, **options)
 
     def get(self, keep: bool = False) -> torch.Tensor:
         """Bring what it points at here: see `farpoint.handover.get`."""
         from farpoint.handover import get
 
-        return get(self, keep=keep)
+        with gate.underway(self):
+            return get(self, keep=keep)
 
     def move(self, worker: Any, **options: Any) -> torch.Tensor:
         """Move the data at the end of the chain: see `farpoint.handover.move`."""
         from farpoint.handover import move
 
-        return move(self, worker, **options)
+        with gate.underway(self):
+            return move(self, worker, **options)
 
     def remote_get(self) -> torch.Tensor:
         """Make the chain one hop shorter at its data end."""
         from farpoint.handover import remote_get
 
-        return remote_get(self)
+        with gate.underway(self):
+            return remote_get(self)
 
     def remote_send(self, worker: Any) -> PointerTensor:
         """Make the chain one hop longer at its data end."""
         from farpoint.handover import remote_send
 
-        return remote_send(self, worker)
+        with gate.underway(self):
+            return remote_send(self, worker)
+
+    def bypass(self) -> PointerTensor:
+        """Leave the first worker of the chain out: see `farpoint.handover.bypass`."""
+        from farpoint.handover import bypass
+
+        return bypass(self)
 
     def free(self) -> None:
         """Give the reference up now."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from farpoint.channel import disown_channels
-from farpoint.errors import FarpointError, UnseenErrorWarning, WorkerNotFoundError
+from farpoint.errors import FarpointError, UnseenErrorWarning, WorkerLostError, WorkerNotFoundError
 from farpoint.limits import DEFAULT_LIMITS
 from farpoint.listing import fetch_listing
 from farpoint.names import check_worker_id
@@ -197,6 +197,8 @@ class RemoteWorker:
         if self.peer.channel.lost is not None:
             raise self.peer.channel.ended()
         settle_all()
+        if self.peer.channel.lost is not None:
+            raise self.peer.channel.ended()
         for uid, (error, looked_at) in list(me().failures.items()):
             if not looked_at and error.origin == self.id:
                 me().failures[uid] = (error, True)
@@ -265,10 +267,14 @@ class RemoteWorker:
 
 
 def settle_all() -> None:
-    """Wait until everything issued by this process has taken effect."""
+    """Wait until everything issued by this process has taken effect, on every worker that is not lost."""
     for handle in list(_handles.values()):
         if handle.peer.channel.lost is None:
-            handle.peer.request([int(Kind.SYNC), [], []])
+            try:
+                handle.peer.request([int(Kind.SYNC), [], []])
+            except WorkerLostError:
+                if handle.peer.channel.lost is None:
+                    raise  # somebody further down a chain
 
 
 def _settle_twice() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from farpoint.errors import WorkerLostError
 from farpoint.protocol.messages import Kind
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ class Route:
         for position, worker in enumerate(self.workers):
             before = self._last.get(worker)
             if before is not None and before is not self and before.way(worker) != self.workers[: position + 1]:
-                before.synchronize()
+                try:
+                    before.synchronize()
+                except WorkerLostError:
+                    pass  # what had not come by that way will not come any more: whoever asks for it is told
             self._last[worker] = self
 
     def way(self, worker: str) -> tuple[str, ...]:

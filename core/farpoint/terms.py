@@ -16,7 +16,7 @@ _AGREED: tuple[tuple[str, tuple[type, ...], int], ...] = (
     ("commands_in_flight", (int,), 2),
     ("templates", (int,), 2),
     ("transfers", (int,), 1),
-    ("lease_seconds", (int, float), 2),
+    ("kept_seconds", (int, float), 2),
 )
 """Limits of which the lower one holds, if it is at least so much."""
 

@@ -33,6 +33,7 @@ from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.references import Holders
 from farpoint.protocol.shapes import ID, MAX_ID, NAME, brief, check_command, kind_of
+from farpoint.quarantine import Quarantine
 from farpoint.stored import Poisoned, StoredPointer
 from farpoint.transport import Link, Receiver
 
@@ -92,6 +93,7 @@ class Worker:
         self.lock = threading.RLock()
         self.expose_tracebacks = True
         self.movers = Movers(self)
+        self.quarantine = Quarantine(self)
         self._reachable = reachable
         self.doorman = Doorman(self)
         self._sought: set[str] = set()

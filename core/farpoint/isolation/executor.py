@@ -116,8 +116,12 @@ class IsolatedExecutor:
 
     def close(self) -> None:
         """End the executor, also under a thread that waits for it."""
+        self._closed = True
+        self.rest()
+
+    def rest(self) -> None:
+        """End the process, also under a thread that waits for it; the next operation starts another one."""
         with self._lock:
-            self._closed = True
             process, self._process = self._process, None
         if process is not None:
             process.end()
