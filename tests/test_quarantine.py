@@ -101,7 +101,7 @@ def test_who_does_not_come_back_loses_it(make: Make) -> None:
     eventually(lambda: guest.left)
     assert not bob.worker.store and not bob.worker.guests
     bob.open_again()
-    with pytest.raises(WorkerLostError, match="given our session up|cannot be reached"):
+    with pytest.raises(WorkerLostError, match=r"given our session up|cannot be reached"):
         p.get()
 
 
