@@ -189,8 +189,19 @@ def test_a_tensor_larger_than_a_message_may_be_is_refused() -> None:
     assert isinstance(pair.arrived[0][1], LimitError)
 
 
+def test_no_more_is_under_way_than_the_other_side_takes() -> None:
+    pair = Pair(Limits(transfers=2))
+    for _ in range(3):
+        pair.send(some(2 * CHUNK_BYTES))
+    order = []
+    while pair.carry():
+        order.append(len(pair.into._arrivals))
+    assert order == [1, 2, 1, 0, 1, 0] and len(pair.arrived) == 3
+
+
 def test_there_are_only_so_many_at_a_time() -> None:
     pair = Pair(Limits(transfers=2))
+    pair.out.at_once = 3  # it does not know what the other side takes
     for _ in range(3):
         pair.send(some(2 * CHUNK_BYTES))
     pair.carry()
