@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -125,6 +126,11 @@ def flip(message: list[Any]) -> list[Any]:
     return message
 
 
+def grow(message: list[Any]) -> list[Any]:
+    later = message[0] == Kind.CHUNK and message[3] > 0
+    return [*message[:4], message[4] + 1, message[5]] if later else message
+
+
 def replace(position: int, value: Any, kind: Kind = Kind.WHOLE) -> Any:
     return lambda message: [*message[:position], value, *message[position + 1 :]] if message[0] == kind else message
 
@@ -141,6 +147,9 @@ def replace(position: int, value: Any, kind: Kind = Kind.WHOLE) -> Any:
         (replace(5, [9]), MalformedMessageError, "path"),
         (replace(5, []), MalformedMessageError, "path"),
         (replace(5, [0, 0]), MalformedMessageError, "path"),
+        (replace(5, [9, 0]), MalformedMessageError, "path"),
+        (replace(5, [0, 0, 0]), MalformedMessageError, "path"),
+        (grow, MalformedMessageError, "offset"),
         (replace(2, "bool"), DecodeError, "other than 0 and 1"),
         (replace(3, 0, Kind.CHUNK), MalformedMessageError, "offset"),
         (replace(4, 5, Kind.CHUNK), MalformedMessageError, "offset|CHUNK"),
@@ -162,6 +171,40 @@ def test_what_is_wrong_is_noticed(change: Any, error: type[Exception], text: str
     assert not pair.arrived
 
 
+def test_what_has_not_wholly_arrived_is_not_there() -> None:
+    pair = Pair()
+    half = some(5)
+    pair.into.take_chunk([int(Kind.CHUNK), 1, 0, 0, 10, half])
+    with pytest.raises(MalformedMessageError, match="one that has arrived"):
+        pair.into.take_whole([int(Kind.WHOLE), 1, "uint8", [10], zlib.crc32(half.numpy().tobytes()), [2], [1, 2, None]])
+
+
+def test_what_there_is_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def room_for(nbytes: int) -> torch.Tensor:
+        raise RuntimeError(f"[enforce fail at alloc_cpu.cpp] you tried to allocate {nbytes} bytes")
+
+    monkeypatch.setattr("farpoint.bulk.room_for", room_for)
+    pair = Pair()
+    pair.send(some(2 * CHUNK_BYTES))
+    pair.carry_all()
+    [(_, refusal)] = pair.arrived
+    assert isinstance(refusal, LimitError) and "there is no memory" in str(refusal)
+
+
+def test_a_tensor_is_done_when_it_has_arrived_and_its_number_is_told_before() -> None:
+    pair = Pair()
+    numbers: list[int] = []
+    stream = pair.send(some(2 * CHUNK_BYTES), submitted=numbers.append)
+    pair.carry()
+    assert not numbers
+    pair.carry()
+    assert numbers == [stream.last] == [3] and not stream.done.is_set()
+    pair.out.settle(pair.near)
+    assert not stream.done.is_set()
+    pair.acknowledge()
+    assert stream.done.is_set()
+
+
 def test_what_there_is_no_room_for_is_refused_before_memory_is_taken() -> None:
     asked = []
 
@@ -173,12 +216,15 @@ def test_what_there_is_no_room_for_is_refused_before_memory_is_taken() -> None:
     pair = Pair(admit=admit)
     pair.send(some(4 * CHUNK_BYTES))
     pair.send(some(2 * CHUNK_BYTES))
+    pair.send(some(CHUNK_BYTES + 1))
     pair.carry()
     pair.carry()
-    assert asked == [4 * CHUNK_BYTES, 6 * CHUNK_BYTES]
-    assert [arrival.bytes.numel() for arrival in pair.into._arrivals.values()] == [4 * CHUNK_BYTES, 0]
+    pair.carry()
+    # What is refused takes no room.
+    assert asked == [4 * CHUNK_BYTES, 6 * CHUNK_BYTES, 5 * CHUNK_BYTES + 1]
+    assert [arrival.bytes.numel() for arrival in pair.into._arrivals.values()] == [4 * CHUNK_BYTES, 0, 0]
     pair.carry_all()
-    assert sorted(type(refusal).__name__ for _, refusal in pair.arrived) == ["NoneType", "QuotaError"]
+    assert sorted(type(refusal).__name__ for _, refusal in pair.arrived) == ["NoneType", "QuotaError", "QuotaError"]
     assert not pair.into._arrivals
 
 
@@ -189,8 +235,19 @@ def test_a_tensor_larger_than_a_message_may_be_is_refused() -> None:
     assert isinstance(pair.arrived[0][1], LimitError)
 
 
+def test_no_more_is_under_way_than_the_other_side_takes() -> None:
+    pair = Pair(Limits(transfers=2))
+    for _ in range(3):
+        pair.send(some(2 * CHUNK_BYTES))
+    order = []
+    while pair.carry():
+        order.append(len(pair.into._arrivals))
+    assert order == [1, 2, 1, 0, 1, 0] and len(pair.arrived) == 3
+
+
 def test_there_are_only_so_many_at_a_time() -> None:
     pair = Pair(Limits(transfers=2))
+    pair.out.at_once = 3  # it does not know what the other side takes
     for _ in range(3):
         pair.send(some(2 * CHUNK_BYTES))
     pair.carry()
@@ -204,7 +261,10 @@ def test_what_is_taken_back_leaves_nothing() -> None:
     stream, kept = pair.send(some(3 * CHUNK_BYTES)), pair.send(some(2 * CHUNK_BYTES))
     pair.carry()
     pair.out.cancel(stream, pair.near)
-    assert stream.done.is_set()
+    assert stream.done.is_set() and pair.near.waiting == 1
+    never = pair.send(some(CHUNK_BYTES))
+    pair.out.cancel(never, pair.near)
+    assert never.done.is_set() and pair.near.waiting == 1, "nobody needs to hear of what has not begun"
     pair.carry_all()
     assert not pair.into._arrivals and kept.done.is_set() and len(pair.arrived) == 1
 
@@ -223,3 +283,8 @@ def test_the_end_of_a_session_is_the_end_of_what_waits() -> None:
     pair.carry()
     pair.out.end()
     assert all(stream.done.is_set() for stream in streams) and not pair.out.waiting
+    pair.send(some(2 * CHUNK_BYTES))
+    pair.carry()
+    assert pair.into._arrivals
+    pair.into.end()
+    assert not pair.into._arrivals

@@ -83,6 +83,20 @@ class TestChain:
         with pytest.raises(CapabilityError):
             read(SECRET, "bob", text, 0)
 
+    @pytest.mark.parametrize("when", ["soon", "-1", "", "1e9", 21 * "9"])
+    def test_a_time_that_is_no_number_is_over(self, when: str) -> None:
+        with pytest.raises(CapabilityError, match="expired"):
+            read(SECRET, "bob", mint(SECRET, "bob", expiry=when), 0)
+
+    @pytest.mark.parametrize("session", ["x", "-1", "", 21 * "9"])
+    def test_a_session_that_is_no_number_is_none(self, session: str) -> None:
+        with pytest.raises(CapabilityError, match="is no number"):
+            read(SECRET, "bob", mint(SECRET, "bob", session=session), 0)
+
+    def test_of_another_version_it_is_none(self) -> None:
+        with pytest.raises(CapabilityError, match="no capability"):
+            read(SECRET, "bob", "fp2." + mint(SECRET, "bob").partition(".")[2], 0)
+
     def test_it_is_not_endless(self) -> None:
         capability = mint(SECRET, "bob")
         while len(capability) <= LONGEST:
@@ -161,6 +175,7 @@ class TestThreeParties:
         mallory = town.intruder(invitation)
         for message in (
             [int(Kind.PUT), 5, torch.ones(1), False, [], ""],
+            [int(Kind.LINK), 5, "alice", "", 6, [], [], "", ""],
             [int(Kind.SEARCH), []],
             [int(Kind.LIST), 0],
             [int(Kind.CLEAR)],
@@ -203,6 +218,85 @@ class TestThreeParties:
             claim(mallory, Remembered(capability), capability)
         for peer in (mallory, eve):
             peer.close()
+
+    def test_what_was_used_is_remembered_as_long_as_it_is_good(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("farpoint.doorman._REMEMBERED", 1)
+        bob, doorman = town.handles["bob"], town.workers["bob"].doorman
+        p = torch.ones(2).send(bob)  # type: ignore[attr-defined]  # the hook's
+        mallory = town.intruder(bob.peer.give(operation="dial"))
+        bob.synchronize()
+        first, second = handed(town, p, mallory), handed(town, p, mallory)
+        assert claim(mallory, p, first)
+        mallory.tell([int(Kind.RELEASE), [p._reference.id]])
+        for capability in (first, second):  # there is no room for the second, and the first is not forgotten for it
+            with pytest.raises(CapabilityError, match="used already"):
+                claim(mallory, p, capability)
+        doorman._used[first] = 0.0
+        assert claim(mallory, p, second)
+        assert list(doorman._used) == [second]
+        mallory.close()
+
+    def test_a_capability_says_whose_it_is_and_how_long_it_is_good(self, town: Town) -> None:
+        bob = town.handles["bob"]
+        p = torch.ones(2).send(bob)  # type: ignore[attr-defined]  # the hook's
+        mallory = town.intruder(bob.peer.give(operation="dial"))
+        for_ever = narrow(
+            bob.peer.capability, object=p._reference.id, operation="hold", audience=mallory.owner.incarnation.hex()
+        )
+        bob.synchronize()
+        with pytest.raises(CapabilityError, match="for how long"):
+            claim(mallory, p, for_ever)
+        doorman = town.workers["bob"].doorman
+        assert not doorman._opens(mint(doorman._secret, bob.id))
+        mallory.close()
+
+    def test_who_brings_an_object_shows_a_capability_for_it(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        bob, alice, _ = town.handles.values()
+        p: Any = torch.ones(2).send(alice)  # type: ignore[attr-defined]  # the hook's
+        give = bob.peer.give
+        monkeypatch.setattr(bob.peer, "give", lambda **caveats: give(**{**caveats, "object": 5}))
+        with pytest.raises(TransportError, match="for object '5'"):
+            p.move(bob)
+        assert (len(alice), len(bob)) == (1, 0)
+
+    def test_it_brings_an_object_for_whoever_gave_it(self, town: Town) -> None:
+        bob, doorman = town.handles["bob"], town.workers["bob"].doorman
+        mallory = town.intruder(bob.peer.give(operation="dial"))
+        guest = town.workers["bob"].guests[mallory.session_id]
+        capability = bob.peer.give(object=5, operation="move", audience=mallory.owner.incarnation.hex())
+        doorman.check_move(guest, 5, bob.peer.session_id, capability)
+        with pytest.raises(CapabilityError, match="of another session"):
+            doorman.check_move(guest, 5, mallory.session_id, capability)
+        mallory.close()
+
+    def test_an_introduction_opens_while_the_session_lives_and_an_invitation_for_one(self, town: Town) -> None:
+        bob, alice = town.workers["bob"], town.workers["alice"]
+        peer = bob.peer(alice.id, alice.url, credentials=Credentials(token=town.handles["alice"].peer.give(operation="dial")))
+        introduction, invitation = bob.doorman.introduce(peer), bob.doorman.invite(peer)
+        assert bob.doorman._opens(introduction) and bob.doorman._opens(invitation)
+        assert bob.doorman.introduced(invitation, alice.incarnation.hex())
+        with pytest.raises(CapabilityError, match="for somebody else"):
+            bob.doorman.introduced(invitation, bob.incarnation.hex())
+        peer.close()
+        assert not bob.doorman._opens(introduction)
+
+    def test_who_was_let_in_comes_back_with_what_it_got_there(self, town: Town) -> None:
+        bob, worker = town.handles["bob"], town.workers["bob"]
+        mallory = town.intruder(bob.peer.give(operation="dial"))
+        bob.close()  # with that session ends the invitation
+        eventually(lambda: list(worker.guests) == [mallory.session_id])
+        before: Any = mallory.channel.lane
+        before.link.give_up(TransportError("test", "cut"))
+        eventually(lambda: mallory.channel.lane not in (None, before))
+        assert mallory.request([int(Kind.DESCRIBE), []]) == []
+        mallory.close()
+
+    def test_where_nobody_needs_a_token_nobody_is_introduced(self, town: Town) -> None:
+        bob = town.workers["bob"]
+        with_tokens = bob.doorman.welcome(next(iter(bob.guests.values())))["capability"]
+        assert bob.doorman.introduced(with_tokens, "00")
+        bob.doorman.admission(Admission())
+        assert not bob.doorman.introduced(with_tokens, "00")
 
     @pytest.mark.parametrize("token", ["", "fp1", "fp1.x.y", "wrong", "fp1.AAAA.AAAA"])
     def test_the_door_stays_shut(self, town: Town, token: str) -> None:

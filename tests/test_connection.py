@@ -21,15 +21,18 @@ from farpoint import (
     WorkerRestartedError,
 )
 from farpoint.access import Admission
+from farpoint.approach import Approach
 from farpoint.channel import Lane
 from farpoint.errors import (
     GetNotPermittedError,
     NobodyListensError,
+    ProtocolError,
     SynchronizationTimeoutError,
     TransportError,
     UnreachableError,
 )
 from farpoint.limits import Limits
+from farpoint.peer import Peer
 from farpoint.plugins import hookimpl, plugins
 from farpoint.testing.transport import PATIENCE, eventually
 from farpoint.worker import Worker
@@ -120,6 +123,12 @@ class TestConnecting:
                 farpoint.connect(second.url)
             assert numbers().send(bob).get().tolist() == [0, 1, 2, 3]
 
+    def test_who_answers_is_who_was_called(self, make: Make) -> None:
+        worker, alice = make(), make("alice")
+        with pytest.raises(ProtocolError, match="who was called"):
+            alice.peer("charlie", worker.url)
+        assert not alice.peers["charlie"].established
+
     def test_awaiting(self, make: Make) -> None:
         worker = make()
 
@@ -195,6 +204,31 @@ class TestSessions:
             p.get()
         bob.close()
 
+    def test_a_session_that_is_back_waits_for_no_end_of_its_lease(self, make: Make, transport: str) -> None:
+        worker = make()
+        with farpoint.connect(worker.url, limits=Limits(lease_seconds=PATIENCE, reconnect_seconds=PATIENCE)) as bob:
+            bob.synchronize()
+            (guest,) = worker.guests.values()
+            bob.peer.url = plugins.local_url(transport, "nowhere")
+            before = bob.peer.channel.lane
+            cut(bob)
+            eventually(lambda: guest._lease is not None)
+            lease: Any = guest._lease
+            bob.peer.url = worker.url
+            eventually(partial(another_lane, bob, before))
+            assert guest._lease is None and lease.finished.is_set()
+            assert numbers().send(bob).get().tolist() == [0, 1, 2, 3]
+
+    def test_what_an_earlier_link_brings_late_is_nothing(self, make: Make) -> None:
+        with farpoint.connect(make().url, limits=QUICK) as bob:
+            bob.synchronize()
+            before = bob.peer.channel.lane
+            assert before is not None
+            cut(bob)
+            eventually(partial(another_lane, bob, before))
+            bob.peer.channel.received(before, [b"nonsense"])
+            assert numbers().send(bob).get().tolist() == [0, 1, 2, 3]
+
     def test_a_new_life_is_noticed(self, make: Make) -> None:
         worker = make(name="bob")
         bob = farpoint.connect(worker.url, limits=QUICK)
@@ -220,6 +254,28 @@ class TestSessions:
             with pytest.raises(WorkerLostError, match="given our session up"):
                 p.get()
             assert worker.guests[bob.peer.session_id].secret == secret.encode()
+
+    def test_a_session_without_a_secret_is_nobody_elses(self, make: Make) -> None:
+        worker, alice = make(), make("alice")
+        peer = Peer(alice, "", worker.url, ["msgpack"])
+        peer.secret = ""
+        peer.dial()
+        again = Approach(peer, resumes=True)
+        again.dial()
+        with pytest.raises(WorkerLostError, match="given our session up"):
+            again.wait(PATIENCE)
+        again.close()
+        peer.close()
+
+    def test_a_session_that_is_over_is_not_taken_back(self, make: Make) -> None:
+        worker = make()
+        with farpoint.connect(worker.url) as bob:
+            bob.synchronize()
+            (guest,) = worker.guests.values()
+            lane = guest.channel.lane
+            assert lane is not None
+        eventually(lambda: guest.left)
+        assert not guest.take_back(lane, 0)
 
     def test_a_worker_that_hangs_is_named(self, make: Make) -> None:
         worker = make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -135,6 +136,38 @@ def test_a_dry_run_allocates_only_little(bob: VirtualWorker, monkeypatch: pytest
     assert not any(ran), "real memory was asked for"
     with pytest.raises(FarpointError):
         copy.get()
+
+
+@pytest.mark.parametrize(
+    ("overload", "arguments", "inferred"),
+    [
+        (torch.ops.aten.sum.default, [], True),
+        (torch.ops.aten.any.default, [], True),
+        (torch.ops.aten.sum.dim_IntList, [[5]], False),  # refused, and the kernels are asked in what words
+    ],
+)
+def test_inference_does_not_compute_on_what_is_merely_expanded(
+    overload: Any, arguments: list[Any], inferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes twelve bytes, and as long as if it took four terabytes."""
+    computed: list[int] = []
+    run = inference._run_on_zeros
+
+    def watch(*args: Any) -> Any:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return run(*args)
+        computed.append(sum(math.prod(spec.shape) for spec in args[3]))
+        return [], None
+
+    monkeypatch.setattr(inference, "_run_on_zeros", watch)
+    layout = inference.layout_of(overload)
+    for n, runs in ((2, True), (2**38, False)):
+        x = torch.ones(3).expand(n, 3)
+        monkeypatch.setattr(inference, "_signatures", {})
+        signature = inference.signature_of((), layout, [x, *arguments], {}, [x])
+        assert (signature.outputs is not None) is inferred
+        assert computed == ([3 * n] if runs else []), "real memory was read"
+        computed.clear()
 
 
 def test_arguments_that_every_worker_refuses_are_refused_here(bob: VirtualWorker) -> None:

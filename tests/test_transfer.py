@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -98,6 +99,7 @@ class Worker:
     withdrawn: set[int] = attrs.Factory(set)
     frozen: set[int] = attrs.Factory(set)
     known: dict[str, int] = attrs.Factory(dict)
+    buried: set[str] = attrs.Factory(set)  # who was known to be dead, and has not greeted since
     answers: dict[int, list[Effect]] = attrs.Factory(dict)
 
     def serving(self) -> Iterable[int]:
@@ -222,6 +224,7 @@ class World:
         worker.withdrawn.clear()
         worker.frozen.clear()
         worker.known.clear()
+        worker.buried.clear()
         worker.answers.clear()
         if not worker.durable:
             self.volatile_crashes += 1
@@ -259,6 +262,8 @@ class World:
     def post(self, worker: Worker, peer: str, message: TransferMessage) -> None:
         pair = (min(worker.name, peer), max(worker.name, peer))
         link = self.links[pair]
+        if peer in worker.buried:
+            raise Violation(f"{worker.name} speaks to {peer}, who is dead")
         item = (worker.machine.incarnation, worker.known[peer], message)
         if link is None or link.cut:
             if self.rng.random() < 0.3:
@@ -282,7 +287,7 @@ class World:
                     self.late.append((sender, receiver, *item))
             link.queues[sender].clear()
 
-    def notice(self, pair: tuple[str, str], name: str) -> None:
+    def notice(self, pair: tuple[str, str], name: str, *, dead: bool = False) -> None:
         link = self.links[pair]
         if link is None or not link.cut or name not in link.ends:
             return
@@ -290,8 +295,11 @@ class World:
         if not link.ends:
             self.links[pair] = None
         worker = self.workers[name]
-        if worker.up:
-            self.carry_out(worker, worker.machine.peer_lost(pair[pair[0] == name]))
+        peer = pair[pair[0] == name]
+        if worker.up and dead:
+            self.told_dead(worker, peer)
+        elif worker.up:
+            self.carry_out(worker, worker.machine.peer_lost(peer))
 
     def deliver(self, sender: str, receiver: str) -> bool:
         link = self.links[min(sender, receiver), max(sender, receiver)]
@@ -301,6 +309,7 @@ class World:
         worker = self.workers[receiver]
         if isinstance(item, int):
             worker.known[sender] = item
+            worker.buried.discard(sender)
             self.carry_out(worker, worker.machine.peer_back(sender, item))
         else:
             if self.rng.random() < self.doubling:
@@ -326,20 +335,88 @@ class World:
             raise Violation(f"an honest peer is blamed: {error}") from error
         self.carry_out(worker, effects)
 
+    # What a worker may learn of another one. `Movers.peer_lost` says it of the session that the worker has dialled; in its
+    # network, too, messages may still come that the other one had sent.
+
+    def lose(self, name: str, peer: str) -> None:
+        """End the session that one side has dialled. It dials again, and hears nothing before.
+
+        What was on its way in it may be lost, for the next one is another session. A link that breaks ends none. The other
+        side has lost a guest: if something is open, it asks again.
+        """
+        link = self.links[min(name, peer), max(name, peer)]
+        if link is None or link.cut:
+            return
+        for item in link.queues[name]:
+            if isinstance(item, tuple) and self.rng.random() < 0.6:
+                self.late.append((name, peer, *item))
+        link.queues[name] = deque(item for item in link.queues[name] if isinstance(item, int))
+        link.queues[peer].appendleft(self.workers[peer].machine.incarnation)
+        worker = self.workers[name]
+        if name in self.workers[peer].machine.open_peers():
+            link.queues[name].append(worker.machine.incarnation)
+        self.carry_out(worker, worker.machine.peer_lost(peer))
+        self.give_up(name, peer)
+
+    def unheard(self, name: str, peer: str) -> None:
+        """Let a message come to nothing, because who shall take it has too much that waits for its own session, or gets none.
+
+        The sender learns that (`Movers.unheard`): it moves nothing then, or asks again.
+        """
+        link = self.links[min(name, peer), max(name, peer)]
+        if link is None or link.cut or [type(item) for item in link.queues[name]][:2] != [int, tuple]:
+            return
+        *_, message = link.queues[name][1]
+        del link.queues[name][1]
+        worker = self.workers[name]
+        if message.transfer in worker.machine._departures.entries:
+            self.carry_out(worker, worker.machine.abort(message.transfer, "unheard"))
+        if worker.up and peer in worker.machine.open_peers():
+            link.queues[peer].append(self.workers[peer].machine.incarnation)
+
+    def is_over(self, name: str, peer: str) -> bool:
+        """Return whether the last life of another worker that a worker knows of is over for certain.
+
+        Nobody listens where it was, and it has no link to here, or a new life answers there. Of a durable one nobody may say
+        that it is dead: it comes back with what it had.
+        """
+        other = self.workers[peer]
+        return not other.durable and (not other.up or self.workers[name].known.get(peer) not in (None, other.machine.incarnation))
+
     def bury(self, name: str, peer: str) -> None:
-        """Let a worker learn that another one is dead. Of a durable one nobody may say so: it comes back with what it had."""
-        worker, other = self.workers[name], self.workers[peer]
-        if worker.up and not other.up and not other.durable:
-            self.notice((min(name, peer), max(name, peer)), name)
+        """Let a worker learn that another one is dead."""
+        worker = self.workers[name]
+        if worker.up and self.is_over(name, peer):
+            pair = (min(name, peer), max(name, peer))
+            link = self.links[pair]
+            if link is not None and link.cut and name in link.ends:
+                self.notice(pair, name, dead=True)
+            else:
+                self.told_dead(worker, peer)
+            self.give_up(name, peer)
+
+    def told_dead(self, worker: Worker, peer: str) -> None:
+        worker.buried.add(peer)
+        with self.answered(worker, peer, Leaving.WAITING, Leaving.OUT, Leaving.COMMITTED):
             self.carry_out(worker, worker.machine.peer_dead(peer))
+        if worker.up and peer in worker.machine.open_peers():
+            raise Violation(f"{worker.name} waits for {peer}, who is dead")
 
     def give_up(self, name: str, peer: str) -> None:
-        """Let a worker that has no link to another one wait no more for it."""
-        pair = (min(name, peer), max(name, peer))
-        self.notice(pair, name)
+        """Let a worker wait no more for another one: whoever began what is not committed has an answer. That needs no reason."""
         worker = self.workers[name]
-        if worker.up and self.links[pair] is None:
-            self.carry_out(worker, worker.machine.give_up(peer, "given up"))
+        if worker.up:
+            with self.answered(worker, peer, Leaving.WAITING, Leaving.OUT):
+                self.carry_out(worker, worker.machine.give_up(peer, "given up"))
+
+    @contextmanager
+    def answered(self, worker: Worker, peer: str, *states: Leaving) -> Iterator[None]:
+        """Check that whoever began what leaves for a worker, and is in one of some states, is answered meanwhile."""
+        leaving = [known.transfer for known in worker.machine._departures.leaving_for(peer) if known.state in states]
+        yield
+        for transfer in leaving:
+            if worker.up and not worker.answers.get(transfer):
+                raise Violation(f"transfer {transfer} has failed, and nobody was told")
 
     # The client.
 
@@ -404,8 +481,9 @@ class World:
             if worker.durable or not self.buries:
                 self.restart(name)
         for name in self.workers:
-            for peer in self.workers:
-                self.bury(name, peer)
+            for peer, other in self.workers.items():
+                if not other.up:
+                    self.bury(name, peer)
         for pair, link in self.links.items():
             if link is not None and link.cut:
                 for name in pair:
@@ -462,6 +540,8 @@ EVENTS = {
     "restart": (0.5, 2.0),
     "bury": (0.0, 1.0),
     "give up": (0.0, 0.5),
+    "lose": (0.0, 0.0, 0.3, 1.0),
+    "unheard": (0.0, 0.5),
 }
 """What may happen, and how often; each seed draws weights of its own, to be rich in what others lack."""
 
@@ -511,6 +591,10 @@ def simulate(seed: int, steps: int = 120) -> World:
             world.bury(*rng.choice((pair, pair[::-1])))
         elif event == "give up":
             world.give_up(*rng.choice((pair, pair[::-1])))
+        elif event == "lose":
+            world.lose(*rng.choice((pair, pair[::-1])))
+        elif event == "unheard":
+            world.unheard(*rng.choice((pair, pair[::-1])))
     world.settle()
     return world
 
@@ -746,8 +830,8 @@ def test_peer_back(state: Leaving | Arriving, expected: str) -> None:
         (Leaving.ABORTED, "", Leaving.ABORTED),
         (Arriving.STAGED, "Activate", Arriving.UNKNOWN),
         (Arriving.LIVE, "", Arriving.UNKNOWN),
-        (Arriving.SETTLED, "", Arriving.SETTLED),
-        (Arriving.ABORTED, "", Arriving.ABORTED),
+        (Arriving.SETTLED, "", Arriving.UNKNOWN),
+        (Arriving.ABORTED, "", Arriving.UNKNOWN),
     ],
 )
 def test_peer_dead(state: Leaving | Arriving, expected: str, after: Leaving | Arriving) -> None:
@@ -805,6 +889,27 @@ def test_give_up(state: Leaving | Arriving, expected: str) -> None:
 )
 def test_with_whom_something_is_open(state: Leaving | Arriving, open_: bool) -> None:
     assert machine_in(state).open_peers() == ({"bob"} if open_ else set())
+
+
+def test_who_is_given_up_or_dead_is_that_alone() -> None:
+    for far in ("give_up", "peer_dead"):
+        machine = Transfers(ME)
+        machine.peer_back("bob", BOB)
+        machine.peer_back("charlie", 30)
+        machine.begin(1, OBJECT, "bob", NEW, HOLDER)
+        hear(machine, attrs.evolve(PUSH, transfer=2))
+        assert (machine.give_up("charlie", "away") if far == "give_up" else machine.peer_dead("charlie")) == []
+        assert (state_of(machine, Leaving), machine.open_peers()) == (Leaving.OUT, {"bob"})
+
+
+def test_an_object_that_was_given_up_goes_elsewhere_when_that_is_acknowledged() -> None:
+    machine = machine_in(Leaving.OUT)
+    machine.peer_back("charlie", 30)
+    machine.peer_lost("bob")
+    machine.give_up("bob", "away")
+    assert machine.begin(2, OBJECT, "charlie", NEW, HOLDER) == []
+    machine.peer_back("bob", BOB)
+    assert names(hear(machine, Aborted(1))) == "Freeze,Push"
 
 
 def test_an_orphan() -> None:
@@ -1202,6 +1307,141 @@ def hear_the_dead(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Transfers, "peer_dead", mutant)
 
 
+def change_orphaned(change: Callable[[Any, Any, list[Effect]], list[Effect]]) -> Mutation:
+    """Let a destination do something else when the source of an arrival is dead."""
+    original = Arrivals.orphaned
+
+    def mutant(self: Arrivals, known: Any) -> list[Effect]:
+        return change(self, known, original(self, known))
+
+    return lambda patch: patch.setattr(Arrivals, "orphaned", mutant)
+
+
+def keep_entry(self: Arrivals, known: Any, effects: list[Effect]) -> list[Effect]:
+    self.entries[known.transfer] = known
+    return effects
+
+
+def promote_all(patch: pytest.MonkeyPatch) -> None:
+    original = Arrivals.orphaned
+    patch.setattr(Arrivals, "orphaned", lambda self, known: original(self, attrs.evolve(known, durable=False)))
+
+
+def keep_the_line(patch: pytest.MonkeyPatch) -> None:
+    original = Transfers.peer_dead
+
+    def mutant(self: Transfers, peer: str) -> list[Effect]:
+        linked = peer in self._ground.peers and self._ground.peers[peer].linked
+        effects = original(self, peer)
+        if linked:
+            self._ground.peers[peer].linked = True
+        return effects
+
+    patch.setattr(Transfers, "peer_dead", mutant)
+
+
+def speak_to_the_dead(patch: pytest.MonkeyPatch) -> None:
+    """Note that they cannot hear only after all has been said."""
+    original = Transfers.peer_dead
+
+    def mutant(self: Transfers, peer: str) -> list[Effect]:
+        effects: list[Effect] = []
+        for known in [a for a in self._arrivals.entries.values() if a.source == peer]:
+            effects += self._arrivals.orphaned(known)
+        return self._departures.orphaned(peer) + effects + original(self, peer)
+
+    patch.setattr(Transfers, "peer_dead", mutant)
+
+
+def bury_everybody(patch: pytest.MonkeyPatch) -> None:
+    original = Transfers.peer_dead
+
+    def mutant(self: Transfers, peer: str) -> list[Effect]:
+        return [e for other in sorted({peer, *self._ground.peers}) for e in original(self, other)]
+
+    patch.setattr(Transfers, "peer_dead", mutant)
+
+
+def in_any_order(patch: pytest.MonkeyPatch) -> None:
+    def leaving_for(self: Departures, peer: str) -> list[Departure]:
+        return [known for known in self.entries.values() if known.destination == peer]
+
+    patch.setattr(Departures, "leaving_for", leaving_for)
+
+
+def serve_without(kind: type) -> Mutation:
+    original = Departures._serve
+
+    def mutant(self: Departures, known: Departure, reason: str) -> list[Effect]:
+        return [effect for effect in original(self, known, reason) if not isinstance(effect, kind)]
+
+    return lambda patch: patch.setattr(Departures, "_serve", mutant)
+
+
+def serve_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """Serve again what was leaving, and never let it leave again."""
+    original = Departures._serve
+
+    def mutant(self: Departures, known: Departure, reason: str) -> list[Effect]:
+        effects = original(self, known, reason)
+        self.ground.held.setdefault(known.object_id, known.transfer)
+        return effects
+
+    patch.setattr(Departures, "_serve", mutant)
+
+
+def give_up_unless(state: Leaving) -> Mutation:
+    original = Transfers.give_up
+
+    def mutant(self: Transfers, peer: str, reason: str) -> list[Effect]:
+        kept = {t: d for t, d in self._departures.entries.items() if d.state is state and d.destination == peer}
+        for transfer in kept:
+            del self._departures.entries[transfer]
+        effects = original(self, peer, reason)
+        self._departures.entries |= kept
+        return effects
+
+    return lambda patch: patch.setattr(Transfers, "give_up", mutant)
+
+
+def give_up_the_committed(patch: pytest.MonkeyPatch) -> None:
+    original = Transfers.give_up
+
+    def mutant(self: Transfers, peer: str, reason: str) -> list[Effect]:
+        committed = [d for d in self._departures.leaving_for(peer) if d.state is Leaving.COMMITTED]
+        effects = [e for known in committed for e in self._departures._serve(known, reason)]
+        return effects + original(self, peer, reason)
+
+    patch.setattr(Transfers, "give_up", mutant)
+
+
+def give_up_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Do not wait until an abort is acknowledged."""
+    original = Transfers.give_up
+
+    def mutant(self: Transfers, peer: str, reason: str) -> list[Effect]:
+        effects = original(self, peer, reason)
+        for known in [d for d in self._departures.leaving_for(peer) if d.state is Leaving.ABORTING]:
+            effects += self._departures._close(known)
+        return effects
+
+    patch.setattr(Transfers, "give_up", mutant)
+
+
+def give_up_everybody(patch: pytest.MonkeyPatch) -> None:
+    original = Transfers.give_up
+
+    def mutant(self: Transfers, peer: str, reason: str) -> list[Effect]:
+        others = {known.destination for known in self._departures.entries.values()}
+        return [e for other in sorted({peer, *others}) for e in original(self, other, reason)]
+
+    patch.setattr(Transfers, "give_up", mutant)
+
+
+def wait_for_nobody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Transfers, "open_peers", lambda self: set())
+
+
 def no_second_announcement(patch: pytest.MonkeyPatch) -> None:
     original = Arrivals.resume
 
@@ -1221,6 +1461,24 @@ MUTATIONS: dict[str, Mutation] = {
     "what the dead have pushed is not promoted": not_orphaned(Arrivals, Arriving.STAGED),
     "what came from the dead may not move on": not_orphaned(Arrivals, Arriving.LIVE),
     "the dead are heard when they are late": hear_the_dead,
+    "one speaks to the dead afterwards": keep_the_line,
+    "one speaks to the dead before": speak_to_the_dead,
+    "with one all are dead": bury_everybody,
+    "what came from the dead stays open": change_orphaned(keep_entry),
+    "the record of what came from the dead stays": change_orphaned(
+        lambda self, known, effects: [e for e in effects if not (isinstance(e, Record) and e.entry is None)]
+    ),
+    "what a durable worker has pushed is promoted when it is away": promote_all,
+    "what waits for its turn gets it when it is given up": in_any_order,
+    "the record of what was committed to the dead stays": serve_without(Record),
+    "nobody is told that what left for the dead is served again": serve_without(Failed),
+    "what was leaving for the dead leaves no more": serve_for_ever,
+    "what waits is not given up": give_up_unless(Leaving.WAITING),
+    "what is offered is not given up": give_up_unless(Leaving.OUT),
+    "what is committed is given up": give_up_the_committed,
+    "who gives up does not wait for an acknowledgement": give_up_at_once,
+    "with one all are given up": give_up_everybody,
+    "nobody is asked again when the other side has lost its session": wait_for_nobody,
     "giving up does nothing": lambda patch: patch.setattr(Transfers, "give_up", nothing),
     "stale incarnations are believed": believe_everybody,
     "the sender's incarnation is not looked at": believe_the_dead,
@@ -1279,13 +1537,18 @@ MUTATIONS: dict[str, Mutation] = {
 
 UNSEEN: dict[str, Callable[[], None]] = {
     "a staged arrival is not announced again": lambda: test_peer_back(Arriving.STAGED, "Prepared"),
-    "giving up does nothing": lambda: test_give_up(Leaving.OUT, "Thaw,Failed"),
+    "what a durable worker has pushed is promoted when it is away": lambda: test_what_a_durable_worker_has_pushed_waits_for_it(),
+    "who gives up does not wait for an acknowledgement": (
+        lambda: test_an_object_that_was_given_up_goes_elsewhere_when_that_is_acknowledged()
+    ),
+    "with one all are given up": lambda: test_who_is_given_up_or_dead_is_that_alone(),
     "no tombstone of an aborted arrival": lambda: check_row(Arriving.ABORTED, "Push", "Refused"),
     "a commit to who refused is not answered": test_after_a_refused_second_push_the_source_serves,
     "a refusal does not acknowledge an abort": lambda: check_row(Leaving.ABORTING, "Refused", ""),
     "a committed source does not answer an inquiry": lambda: check_row(
         Leaving.COMMITTED, "Inquire", "Commit"
     ),
+    "a probe of a staged copy is not answered": lambda: check_row(Arriving.STAGED, "Probe", "Prepared"),
     "a second Commit is not answered": lambda: check_row(Arriving.LIVE, "Commit", "Activated"),
     "an orphan of a durable source is thrown away": test_an_orphan,
     "no tombstone of a settled arrival": test_late_copies_are_known_without_a_tombstone,
@@ -1296,14 +1559,16 @@ UNSEEN: dict[str, Callable[[], None]] = {
 made good by another rule, at the price of a failed transfer or of a second push."""
 
 RARE = {
-    "an abort needs no acknowledgement": 28839,
-    "a probe of a staged copy is not answered": 7735,
-    "a commit is not taken back when refused": 7243,
-    "no tombstone of a refused arrival": 4013,
-    "the addressed incarnation is not looked at": 3008,
-    "an arrival moves on before it is released": 1786,
-    "an Abort destroys what is live": 1390,
-    "the staged copy is recorded last": 691,
+    "the staged copy is recorded last": 18960,
+    "an Abort destroys what is live": 18891,
+    "an abort needs no acknowledgement": 7247,
+    "a floor that outlives the source": 2352,
+    "the addressed incarnation is not looked at": 1865,
+    "a probe of a refused copy is not answered": 1796,
+    "the commit is recorded last": 1734,
+    "the dead are heard when they are late": 1650,
+    "nobody is asked again when the other side has lost its session": 1388,
+    "no tombstone of a refused arrival": 1282,
 }
 """Where the search for a rare violation begins."""
 
@@ -1315,7 +1580,7 @@ def test_seeds_notice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(first, first + 20_000):
         try:
             simulate(seed)
-        except (AssertionError, LookupError):  # a machine that has lost a rule may trip over itself, too
+        except (AssertionError, LookupError, ValueError):  # a machine that has lost a rule may trip over itself, too
             return
     pytest.fail(f"nobody misses this rule: {name}")
 
@@ -1418,6 +1683,14 @@ class TransferMachine(RuleBasedStateMachine):
     @rule(pair=PAIRS, first=st.booleans())
     def give_up(self, pair: tuple[str, str], first: bool) -> None:
         self.world.give_up(*(pair if first else pair[::-1]))
+
+    @rule(pair=PAIRS, first=st.booleans())
+    def lose(self, pair: tuple[str, str], first: bool) -> None:
+        self.world.lose(*(pair if first else pair[::-1]))
+
+    @rule(pair=PAIRS, first=st.booleans())
+    def unheard(self, pair: tuple[str, str], first: bool) -> None:
+        self.world.unheard(*(pair if first else pair[::-1]))
 
     @rule(effects=st.integers(0, 3))
     def crash_soon(self, effects: int) -> None:

@@ -164,6 +164,47 @@ def test_who_speaks_is_not_dead_though_nobody_listens(place: Callable[..., Place
         check_empty(bob, alice)
 
 
+def test_who_speaks_is_not_dead_however_often_it_is_dialled_in_vain(
+    place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farpoint.worker._SEEK_SECONDS", 0.05)
+    alice = place("alice")
+    with Proxy(NOBODY) as reserved:
+        pass
+    bob = place("bob", advertise=reserved.url)
+    port = int(reserved.url.rpartition(":")[2])
+    way = Proxy(bob.worker.listens, port=port)
+    lost = lose(bob, "Prepared")
+    moving = begin(data().send(bob.handle).move, alice.handle)
+    assert lost.wait(SECONDS)
+    dialled, peer_lost = [], alice.worker.peer_lost
+
+    def count(peer: Any) -> None:
+        peer_lost(peer)
+        dialled.append(peer)
+
+    monkeypatch.setattr(alice.worker, "peer_lost", count)
+    way.close()
+    eventually(lambda: len(dialled) > 2)
+    assert not alice.worker.store, "the object is served twice"
+    with Proxy(bob.worker.listens, port=port):
+        assert torch.equal(moving.result(SECONDS).get(), data())
+        check_empty(bob, alice)
+
+
+def test_a_last_word_that_was_lost_is_asked_for(place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farpoint.worker._SEEK_SECONDS", 0.05)
+    bob, alice = place("bob"), place("alice")
+    lost = lose(alice, "Released")
+    p = data().send(bob.handle).move(alice.handle)
+    assert lost.wait(SECONDS)
+    assert alice.worker.movers._states.open_peers() == {bob.worker.id}
+    bob.worker.peers[alice.worker.id].channel.fail(TransportError(alice.worker.url, "given up"))
+    eventually(lambda: not alice.worker.movers._states.open_peers())
+    assert torch.equal(p.get(), data())
+    check_empty(bob, alice)
+
+
 def test_what_comes_after_its_holder_was_told_that_it_is_lost(place: Callable[..., Place]) -> None:
     bob, alice = place("bob"), place("alice")
     execute, came, goes_on = alice.worker.execute, threading.Event(), threading.Event()
@@ -185,4 +226,6 @@ def test_what_comes_after_its_holder_was_told_that_it_is_lost(place: Callable[..
     goes_on.set()
     eventually(lambda: not bob.worker.movers._leaving)
     check_empty(alice)
-    me().failures.clear()  # that it did not move is said as well, and nobody looks at that
+    # That it did not move is said as well, and nobody looks at that.
+    eventually(lambda: any("has been told" in str(error) for error, seen in list(me().failures.values()) if not seen))
+    me().failures.clear()

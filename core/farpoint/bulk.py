@@ -296,8 +296,6 @@ class Bulk:
         arrival = self._arrivals.pop(number, None)
         if arrival is None or arrival.received != arrival.total:
             raise MalformedMessageError("WHOLE", "stream", "one that has arrived", str(number))
-        if not path:
-            raise MalformedMessageError("WHOLE", "path", "a place in the message", brief(path))
         *before, last = path
         place: Any = inner
         for index in before:

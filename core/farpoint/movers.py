@@ -260,10 +260,17 @@ class Movers:
             if not dead and peer.name in self._states.open_peers():
                 self._worker.look_after(peer.name)
 
+    def guest_lost(self, guest: Guest) -> None:
+        """Learn that the session of a client is over. If it is a worker, what it said last may be lost, also that all is done."""
+        if guest.name in self._states.open_peers():
+            self._worker.look_after(guest.name)
+
     def _speaks(self, peer: Peer) -> bool:
         """Return whether a worker has a link to here, though perhaps none leads from here to it."""
-        guests = [guest for guest in self._worker.guests.values() if guest.channel.lane is not None]
-        return any((guest.name, guest.incarnation) == (peer.name, peer.incarnation) for guest in guests)
+        # Not `peer.incarnation`: whoever was dialled in vain has not said which life it is in.
+        life = self._states.life_of(peer.name)
+        guests = [guest for guest in list(self._worker.guests.values()) if guest.channel.lane is not None]
+        return any(guest.name == peer.name and int.from_bytes(guest.incarnation, "big") == life for guest in guests)
 
     def on_the_way(self, new_id: int, holder: int, then: Callable[[], None]) -> bool:
         """Call something when it is decided whether an object arrives that is on its way to a holder here.

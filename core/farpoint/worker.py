@@ -174,6 +174,7 @@ class Worker:
             if not guest.left:
                 guest.leave()
                 del self.guests[guest.holder]
+                self.movers.guest_lost(guest)
                 self.free(self.holders.leave(guest.holder))
                 self.logger.info("%s: the session with %s is over", self.id, guest.name)
         guest.executor.close()

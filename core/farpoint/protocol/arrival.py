@@ -131,14 +131,16 @@ class Arrivals:
         return self.activate(known)
 
     def orphaned(self, known: Arrival) -> list[Effect]:
-        """Take over what a worker that is dead has left: unless it is durable, and may come back with its copy."""
-        if known.state is Arriving.STAGED and not known.durable:
-            effects = self.activate(known)
-        elif known.state is not Arriving.LIVE:
+        """Take over what a worker that is dead has left, and forget what only it could mean.
+
+        A durable one may come back with its copy, so that is not taken over.
+        """
+        if known.state is Arriving.STAGED and known.durable:
             return []
-        else:
-            effects = []
+        effects = self.activate(known) if known.state is Arriving.STAGED else []
         del self.entries[known.transfer]
+        if known.state not in (Arriving.STAGED, Arriving.LIVE):
+            return []
         return [*effects, *self.ground.record(known.transfer, None), *self.free(known.new_id)]
 
     def stage(self, known: Arrival, message: Push) -> list[Effect]:

@@ -367,6 +367,11 @@ class Transfers:
             raise ProtocolError(f"{kind.__name__} of transfer {transfer}: it is {arrival.state.value} here")
         return step(self._arrivals, arrival, message)
 
+    def life_of(self, peer: str) -> int | None:
+        """Return the last known life of a peer, None if it has never been here."""
+        known = self._ground.peers.get(peer)
+        return known.incarnation if known is not None else None
+
     def open_peers(self) -> set[str]:
         """Return the peers with whom something is not decided yet."""
         leaving = {d.destination for d in self._departures.entries.values() if d.state in UNDECIDED}
