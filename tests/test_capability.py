@@ -223,7 +223,7 @@ class TestThreeParties:
         monkeypatch.setattr("farpoint.doorman._REMEMBERED", 1)
         bob, doorman = town.handles["bob"], town.workers["bob"].doorman
         p = torch.ones(2).send(bob)  # type: ignore[attr-defined]  # the hook's
-        mallory = town.intruder(bob.peer.give(operation="dial"))
+        mallory = town.intruder(bob.peer.terms.give(operation="dial"))
         bob.synchronize()
         first, second = handed(town, p, mallory), handed(town, p, mallory)
         assert claim(mallory, p, first)
@@ -239,9 +239,9 @@ class TestThreeParties:
     def test_a_capability_says_whose_it_is_and_how_long_it_is_good(self, town: Town) -> None:
         bob = town.handles["bob"]
         p = torch.ones(2).send(bob)  # type: ignore[attr-defined]  # the hook's
-        mallory = town.intruder(bob.peer.give(operation="dial"))
+        mallory = town.intruder(bob.peer.terms.give(operation="dial"))
         for_ever = narrow(
-            bob.peer.capability, object=p._reference.id, operation="hold", audience=mallory.owner.incarnation.hex()
+            bob.peer.terms.capability, object=p._reference.id, operation="hold", audience=mallory.owner.incarnation.hex()
         )
         bob.synchronize()
         with pytest.raises(CapabilityError, match="for how long"):
@@ -253,17 +253,17 @@ class TestThreeParties:
     def test_who_brings_an_object_shows_a_capability_for_it(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
         bob, alice, _ = town.handles.values()
         p: Any = torch.ones(2).send(alice)  # type: ignore[attr-defined]  # the hook's
-        give = bob.peer.give
-        monkeypatch.setattr(bob.peer, "give", lambda **caveats: give(**{**caveats, "object": 5}))
+        give = bob.peer.terms.give
+        monkeypatch.setattr(type(bob.peer.terms), "give", lambda _, **caveats: give(**{**caveats, "object": 5}))
         with pytest.raises(TransportError, match="for object '5'"):
             p.move(bob)
         assert (len(alice), len(bob)) == (1, 0)
 
     def test_it_brings_an_object_for_whoever_gave_it(self, town: Town) -> None:
         bob, doorman = town.handles["bob"], town.workers["bob"].doorman
-        mallory = town.intruder(bob.peer.give(operation="dial"))
+        mallory = town.intruder(bob.peer.terms.give(operation="dial"))
         guest = town.workers["bob"].guests[mallory.session_id]
-        capability = bob.peer.give(object=5, operation="move", audience=mallory.owner.incarnation.hex())
+        capability = bob.peer.terms.give(object=5, operation="move", audience=mallory.owner.incarnation.hex())
         doorman.check_move(guest, 5, bob.peer.session_id, capability)
         with pytest.raises(CapabilityError, match="of another session"):
             doorman.check_move(guest, 5, mallory.session_id, capability)
@@ -271,7 +271,7 @@ class TestThreeParties:
 
     def test_an_introduction_opens_while_the_session_lives_and_an_invitation_for_one(self, town: Town) -> None:
         bob, alice = town.workers["bob"], town.workers["alice"]
-        peer = bob.peer(alice.id, alice.url, credentials=Credentials(token=town.handles["alice"].peer.give(operation="dial")))
+        peer = bob.peer(alice.id, alice.url, credentials=Credentials(token=town.handles["alice"].peer.terms.give(operation="dial")))
         introduction, invitation = bob.doorman.introduce(peer), bob.doorman.invite(peer)
         assert bob.doorman._opens(introduction) and bob.doorman._opens(invitation)
         assert bob.doorman.introduced(invitation, alice.incarnation.hex())
@@ -282,7 +282,7 @@ class TestThreeParties:
 
     def test_who_was_let_in_comes_back_with_what_it_got_there(self, town: Town) -> None:
         bob, worker = town.handles["bob"], town.workers["bob"]
-        mallory = town.intruder(bob.peer.give(operation="dial"))
+        mallory = town.intruder(bob.peer.terms.give(operation="dial"))
         bob.close()  # with that session ends the invitation
         eventually(lambda: list(worker.guests) == [mallory.session_id])
         before: Any = mallory.channel.lane

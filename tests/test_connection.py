@@ -212,11 +212,11 @@ class TestSessions:
             bob.peer.url = plugins.local_url(transport, "nowhere")
             before = bob.peer.channel.lane
             cut(bob)
-            eventually(lambda: guest._lease is not None)
-            lease: Any = guest._lease
+            eventually(lambda: guest._timer is not None)
+            lease: Any = guest._timer
             bob.peer.url = worker.url
             eventually(partial(another_lane, bob, before))
-            assert guest._lease is None and lease.finished.is_set()
+            assert guest._timer is None and lease.finished.is_set()
             assert numbers().send(bob).get().tolist() == [0, 1, 2, 3]
 
     def test_what_an_earlier_link_brings_late_is_nothing(self, make: Make) -> None:
