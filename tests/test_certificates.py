@@ -66,6 +66,10 @@ def served(certificates: Certificates) -> list[str]:
     return ["--tls-cert", str(certificates.server), "--tls-key", str(certificates.server_key)]
 
 
+def shown(certificates: Certificates) -> list[str]:
+    return ["--tls-cert", str(certificates.client), "--tls-key", str(certificates.client_key)]
+
+
 class TestReached:
     @pytest.mark.parametrize("scheme", ["wss", "tls"])
     def test_with_tls(self, run: Callable[..., Process], certificates: Certificates, others: Certificates, scheme: str) -> None:
@@ -134,6 +138,38 @@ class TestReached:
             assert greet(owner, taken=0)["taken"] == 0
         finally:
             bob.close()
+
+
+class TestCommands:
+    @pytest.mark.parametrize("scheme", ["wss", "tls"])
+    def test_they_show_a_certificate(
+        self, run: Callable[..., Process], certificates: Certificates, others: Certificates, scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("FARPOINT_TOKEN", raising=False)
+        mutual = [*served(certificates), "--tls-ca", str(certificates.authority)]
+        urls = [run(name, "--listen", f"{scheme}://localhost:0", *mutual).url() for name in ("bob", "alice")]
+        trusted = ["--ca", str(certificates.authority)]
+        commands = [["ping", urls[0], "--count", "2"], ["doctor", *urls], ["tutorial", "--workers", *urls]]
+        said = ["bob at ", "all is well", "tensor([ 2,  4,  6,  8, 10])"]
+        for words, expected in zip(commands, said, strict=True):
+            done = CliRunner().invoke(app, [*words, *trusted, *shown(certificates)])
+            assert done.exit_code == 0 and expected in done.output, done.output
+            for wrong in ([], shown(others)):
+                done = CliRunner().invoke(app, [*words, *trusted, *wrong])
+                assert done.exit_code == 1 and urls[0] in done.output and "Traceback" not in done.output, done.output
+            done = CliRunner().invoke(app, [*words, "--ca", str(others.authority), *shown(certificates)])
+            assert done.exit_code == 1 and "certificate is not" in done.output, done.output
+
+    @pytest.mark.parametrize("words", [["ping", "tls://localhost:1"], ["doctor", "tls://localhost:1"], ["tutorial", "--workers", "tls://a:1", "tls://b:1"]])
+    def test_files_that_are_wrong(self, certificates: Certificates, others: Certificates, words: list[str]) -> None:
+        for options, complaint in (
+            (shown(certificates)[:2], "--tls-cert and --tls-key belong together"),
+            (shown(certificates)[2:], "--tls-cert and --tls-key belong together"),
+            ([*shown(certificates)[:2], *shown(others)[2:]], "do not belong together"),
+            (["--ca", str(certificates.client_key)], "client.key: there is no certificate in it"),
+        ):
+            done = CliRunner().invoke(app, [*words, *options])
+            assert done.exit_code == 2 and complaint in done.stderr and done.stderr.count("\n") == 1, done.output
 
 
 class TestFiles:

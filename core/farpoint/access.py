@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hmac
+import os
 import ssl
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 
+from farpoint.errors import InsecureListenerError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 
 
@@ -54,6 +57,33 @@ class Admission:
 
 NO_CREDENTIALS = Credentials()
 EVERYBODY = Admission()
+
+
+def tls_context(purpose: ssl.Purpose, authority: Path | None, certificate: tuple[Path, Path] | None = None) -> ssl.SSLContext:
+    """Return a context that trusts an authority, and shows a certificate.
+
+    Args:
+        purpose: Who shall be verified: `ssl.Purpose.SERVER_AUTH` for whom we dial, `CLIENT_AUTH` for who dials us.
+        authority: File with those who sign what the other side shows; what the system trusts if not given.
+        certificate: Files with what we show, chain included, and its key.
+
+    Raises:
+        InsecureListenerError: A file cannot be read, or is not what it must be.
+    """
+    path: Path | None = authority
+    try:
+        context = ssl.create_default_context(purpose, cafile=authority)
+        if certificate is not None:
+            path = certificate[0]
+            context.load_cert_chain(*certificate)
+    except ssl.SSLError as error:
+        what = "this certificate and its key do not belong together, or are none" if path != authority else "there is no certificate in it"
+        raise InsecureListenerError(str(path), f"{what} ({error.reason or error})", "give files in PEM format; `farpoint certs` makes some") from error
+    except OSError as error:
+        names = [str(file) for file in (authority, *(certificate or ())) if file is not None and not os.access(file, os.R_OK)]
+        place = names[0] if names else str(path)
+        raise InsecureListenerError(place, f"it cannot be read: {error.strerror or error}", "check the path, and who may read it") from error
+    return context
 
 
 def name_in(certificate: Mapping[str, Any] | None) -> str:

@@ -361,10 +361,12 @@ class InvalidNameError(FarpointError, ValueError):
 
 
 class InsecureListenerError(FarpointError, ValueError):
-    """A worker would let strangers in, or speak in the clear where they can listen. It does not start.
+    """A worker would let strangers in, or speak in the clear where they can listen, or its files for TLS are not what they must be.
+
+    It does not start, and who should dial with such files does not dial.
 
     Attributes:
-        place: Where it was to listen, or the file that its secrets are in.
+        place: Where it was to listen, or the file that is wrong.
         reason: What is wrong with that.
         fix: What to type.
     """

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import attrs
 import torch
 
-from farpoint.access import Admission, Credentials
+from farpoint.access import Admission, Credentials, tls_context
 from farpoint.errors import InsecureListenerError, PluginError, TransportError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.plugins import plugins
@@ -113,7 +113,7 @@ class Hosting:
         """
         tls = None
         if self.certificate is not None:
-            tls = self._context(ssl.Purpose.CLIENT_AUTH, self.clients)
+            tls = tls_context(ssl.Purpose.CLIENT_AUTH, self.clients, self.certificate)
             if self.clients is not None:
                 tls.verify_mode = ssl.CERT_REQUIRED
         return Admission(tokens=self.tokens, tls=tls, origins=self.origins, limits=self.limits)
@@ -125,24 +125,9 @@ class Hosting:
             InsecureListenerError: A certificate, a key or an authority cannot be read.
         """
         trusted = self.trusted or self.clients
-        tls = self._context(ssl.Purpose.SERVER_AUTH, trusted) if self.certificate is not None or trusted is not None else None
+        shows = self.certificate is not None or trusted is not None
+        tls = tls_context(ssl.Purpose.SERVER_AUTH, trusted, self.certificate) if shows else None
         return Credentials(token=self.tokens[0] if self.tokens else "", tls=tls, limits=self.limits)
-
-    def _context(self, purpose: ssl.Purpose, authority: Path | None) -> ssl.SSLContext:
-        path: Path | None = authority
-        try:
-            context = ssl.create_default_context(purpose, cafile=authority)
-            if self.certificate is not None:
-                path = self.certificate[0]
-                context.load_cert_chain(*self.certificate)
-        except ssl.SSLError as error:
-            what = "this certificate and its key do not belong together, or are none" if path != authority else "there is no certificate in it"
-            raise InsecureListenerError(str(path), f"{what} ({error.reason or error})", "give files in PEM format; `farpoint certs` makes some") from error
-        except OSError as error:
-            names = [str(file) for file in (authority, *(self.certificate or ())) if file is not None and not os.access(file, os.R_OK)]
-            place = names[0] if names else str(path)
-            raise InsecureListenerError(place, f"it cannot be read: {error.strerror or error}", "check the path, and who may read it") from error
-        return context
 
 
 def is_local(url: str) -> bool:
