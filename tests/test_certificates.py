@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import secrets
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import farpoint
 from farpoint import GetNotPermittedError, TransportError
 from farpoint.access import Admission, Credentials, name_in
 from farpoint.certificates import DAYS, Certificates, make_certificates
+from farpoint.host import Hosting
 from farpoint.plugins import plugins
 from farpoint.testing.transport import Recorder, eventually
 from farpoint.worker import Worker
@@ -138,6 +140,61 @@ class TestReached:
             assert greet(owner, taken=0)["taken"] == 0
         finally:
             bob.close()
+
+
+class TestWorkersWithAndWithoutTls:
+    @pytest.fixture
+    def hosted(self, certificates: Certificates) -> Iterator[Callable[..., Worker]]:
+        made: list[Worker] = []
+
+        def host(listen: str, **options: Any) -> Worker:
+            secure = listen.startswith(("tls", "wss"))
+            if secure:
+                options["certificate"] = (certificates.server, certificates.server_key)
+            hosting = Hosting(name=f"w{secrets.token_hex(4)}", listen=listen, tokens=("t" * 22,), trusted=certificates.authority, **options)
+            hosting.check()
+            made.append(hosting.worker())
+            return made[-1]
+
+        yield host
+        for worker in made:
+            worker.close()
+
+    @pytest.mark.parametrize(("secure", "clear"), [("tls", "tcp"), ("wss", "ws"), ("tls", "ws"), ("wss", "unix")])
+    def test_they_move_both_ways(
+        self, hosted: Callable[..., Worker], certificates: Certificates, tmp_path: Path, secure: str, clear: str
+    ) -> None:
+        place = f"unix://{tmp_path}/bob" if clear == "unix" else f"{clear}://127.0.0.1:0"
+        alice, bob = hosted(f"{secure}://localhost:0"), hosted(place)
+        with (
+            farpoint.connect(alice.url, token="t" * 22, ca=certificates.authority) as far,
+            farpoint.connect(bob.url, token="t" * 22) as near,
+        ):
+            p = data().send(far).move(near)
+            assert (len(far), len(near)) == (0, 1)
+            pp = p.move(far).send(near)
+            assert (len(far), len(near)) == (1, 1)
+            assert torch.equal(pp.move(near).get(), data())
+            assert (len(far), len(near)) == (0, 0)
+
+    @pytest.mark.parametrize("url", ["tcp://192.0.2.1:9", "ws://192.0.2.1:9"])
+    def test_nothing_is_shown_in_the_clear_where_others_listen(
+        self, hosted: Callable[..., Worker], certificates: Certificates, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        alice, carol = hosted("tls://localhost:0"), hosted("tls://localhost:0", insecure=True)
+        dialled = []
+
+        def connect(_: Any, url: str, receiver: Any, credentials: Credentials) -> Any:
+            dialled.append((url, credentials.tls))
+            raise TransportError(url, "nobody dials in a test")
+
+        monkeypatch.setattr(type(plugins.transport(url)), "connect", connect)
+        with pytest.raises(TransportError, match="in the clear where others can listen in"):
+            alice.introduce("bob", url)
+        assert not dialled and not alice.peers
+        with pytest.raises(TransportError, match="nobody dials"):
+            carol.introduce("bob", url)
+        assert dialled == [(url, None)]
 
 
 class TestCommands:

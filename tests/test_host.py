@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import farpoint
 from farpoint import InsecureListenerError, TransportError, WorkerLostError
-from farpoint.access import Credentials
-from farpoint.host import Hosting, check_device, is_local, is_wildcard
+from farpoint.access import Credentials, is_local
+from farpoint.host import Hosting, check_device, is_wildcard
 from farpoint.plugins import plugins
 from farpoint.testing.transport import Recorder
 from farpoint.tokens import new_token, read_tokens

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -23,11 +25,13 @@ class Credentials:
         token: Shown to the listener before anything else; empty if it has none.
         tls: How to verify the listener, and the certificate to show; None for what the scheme of the URL implies.
         limits: Time-outs and sizes.
+        insecure: Whether a worker that has a TLS context may do without it where others can listen in.
     """
 
     token: str = attrs.field(default="", repr=False)
     tls: ssl.SSLContext | None = None
     limits: Limits = DEFAULT_LIMITS
+    insecure: bool = False
 
 
 @attrs.frozen
@@ -84,6 +88,17 @@ def tls_context(purpose: ssl.Purpose, authority: Path | None, certificate: tuple
         place = names[0] if names else str(path)
         raise InsecureListenerError(place, f"it cannot be read: {error.strerror or error}", "check the path, and who may read it") from error
     return context
+
+
+def is_local(url: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix" or parts.hostname == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False
 
 
 def name_in(certificate: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import attrs
 import torch
 
-from farpoint.access import Admission, Credentials, tls_context
+from farpoint.access import Admission, Credentials, is_local, tls_context
 from farpoint.errors import InsecureListenerError, PluginError, TransportError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.plugins import plugins
@@ -127,18 +127,29 @@ class Hosting:
         trusted = self.trusted or self.clients
         shows = self.certificate is not None or trusted is not None
         tls = tls_context(ssl.Purpose.SERVER_AUTH, trusted, self.certificate) if shows else None
-        return Credentials(token=self.tokens[0] if self.tokens else "", tls=tls, limits=self.limits)
+        return Credentials(self.tokens[0] if self.tokens else "", tls, self.limits, insecure=self.insecure)
 
+    def worker(self) -> Worker:
+        """Return the worker, which listens.
 
-def is_local(url: str) -> bool:
-    """Return whether only this machine reaches an address."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix" or parts.hostname == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:
-        return False
+        Raises:
+            InsecureListenerError: A certificate, a key or an authority cannot be read.
+            PluginError: A transport, a serializer or a store is unknown or broken.
+            TransportError: It cannot listen there.
+            ValueError: The name is none.
+        """
+        return Worker(
+            self.name,
+            self.listen,
+            preferred_serializers(self.serializer or None),
+            self.store,
+            self.limits,
+            admission=self.admission(),
+            credentials=self.credentials(),
+            advertise=self.advertise,
+            reachable=self.reachable,
+            isolate=self.isolate,
+        )
 
 
 def is_wildcard(url: str) -> bool:
@@ -184,18 +195,7 @@ def host(hosting: Hosting, announce: Callable[[Worker], None], *, until_eof: boo
     """
     hosting.check()
     with _endings() as over:
-        worker = Worker(
-            hosting.name,
-            hosting.listen,
-            preferred_serializers(hosting.serializer or None),
-            hosting.store,
-            hosting.limits,
-            admission=hosting.admission(),
-            credentials=hosting.credentials(),
-            advertise=hosting.advertise,
-            reachable=hosting.reachable,
-            isolate=hosting.isolate,
-        )
+        worker = hosting.worker()
         try:
             announce(worker)
             _wait(over, until_eof=until_eof)

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from farpoint.access import EVERYBODY, Admission, Credentials
+from farpoint.access import EVERYBODY, Admission, Credentials, is_local
 from farpoint.commands import Commands
 from farpoint.doorman import Doorman
 from farpoint.errors import (
@@ -21,6 +21,7 @@ from farpoint.errors import (
     ObjectNotFoundError,
     PermissionDeniedError,
     ProtocolError,
+    TransportError,
     WorkerNotFoundError,
 )
 from farpoint.failures import describe_failure
@@ -118,6 +119,7 @@ class Worker:
             credentials: What a new session shows; what this worker was made with, if not given.
 
         Raises:
+            TransportError: Others could listen in, and this worker has what it takes to prevent that.
             WorkerNotFoundError: Nobody said where it listens.
         """
         with self.lock:
@@ -127,7 +129,7 @@ class Worker:
             url = url or self.urls.get(name, "")
             if not url:
                 raise WorkerNotFoundError(name, self.urls)
-            made = Peer(self, name, url, serializers or self.serializers, credentials or self.credentials)
+            made = Peer(self, name, url, serializers or self.serializers, _fitting(credentials or self.credentials, url))
             if name:
                 self.peers[name] = made
         made.dial()
@@ -345,6 +347,23 @@ class Worker:
             self.holders.create(guest.holder, result)
         # An operation in place, or a check, has no result that could carry its error.
         guest.fail(number, {**failure, "orphan": not new})
+
+
+def _fitting(credentials: Credentials, url: str) -> Credentials:
+    """Return credentials as they are shown at a URL: without the part about TLS where the link is in the clear.
+
+    Raises:
+        TransportError: Others could listen in there, also to the token.
+    """
+    if credentials.tls is None:
+        return credentials
+    transport = plugins.transport(url)
+    if transport.encrypts(url):
+        return credentials
+    if not (credentials.insecure or transport.within_process or is_local(url)):
+        fix = "let it listen at wss:// or tls://, or run the worker that dials with --insecure if the network is trusted"
+        raise TransportError(url, "this link would be in the clear where others can listen in, and who dials has TLS", fix)
+    return attrs.evolve(credentials, tls=None)
 
 
 def _results(message: Any, *, malformed: bool) -> list[Any]:

@@ -54,7 +54,7 @@ def worker(
         Path | None, typer.Option(metavar="FILE", help="Authorities it trusts where it dials other workers. By default those of --tls-ca.")
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Do without a token, and without TLS where others can listen in.")
+        bool, typer.Option("--insecure", help="Do without a token, and without TLS where others can listen in, also to dial them.")
     ] = False,
     origin: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may open a link, like https://example.org. Repeatable.")
