@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from farpoint.access import EVERYBODY, Admission, Credentials, is_local
-from farpoint.commands import Commands
+from farpoint.commands import Command, Commands
 from farpoint.doorman import Doorman
 from farpoint.errors import (
     FarpointError,
@@ -96,6 +96,7 @@ class Worker:
         self._reachable = reachable
         self.doorman = Doorman(self)
         self._sought: set[str] = set()
+        self._serving = threading.local()
         self._closed = threading.Event()
         self.isolation = isolation_of(self) if isolate else None
         self._commands = Commands(self).table()
@@ -193,7 +194,7 @@ class Worker:
                     if guest.introduced:
                         self.doorman.check_kind(kind)
                     check_command(kind, message, self.limits)
-                command(guest, number, message)
+                self._carry_out(command, guest, number, message)
             except Exception as error:
                 if guest.left:
                     return  # while an executor of its own was at work
@@ -204,6 +205,21 @@ class Worker:
         if guest.at_once:
             guest.at_once = False
             guest.flush()
+
+    def _carry_out(self, command: Command, guest: Guest, number: int, message: list[Any]) -> None:
+        """Carry a command out, and know meanwhile on this thread whom it is for: with an executor, others are served in between."""
+        before = self._asking
+        self._serving.guest = guest
+        try:
+            command(guest, number, message)
+        finally:
+            self._serving.guest = before
+
+    @property
+    def _asking(self) -> Guest | None:
+        """Who has sent the command that this thread carries out."""
+        guest: Guest | None = getattr(self._serving, "guest", None)
+        return guest
 
     def refuse(self, guest: Guest, number: int, message: list[Any], reason: FarpointError) -> None:
         """Let a command fail before it was carried out."""
@@ -278,13 +294,16 @@ class Worker:
 
         Raises:
             LimitError: There are too many already.
-            PermissionDeniedError: The operator has listed others.
+            PermissionDeniedError: The operator has listed others, or a policy refuses.
             WorkerNotFoundError: Nobody said where it listens.
         """
         known = self.peers.get(name)
+        url = url or self.urls.get(name, "")
         dials = url and (known is None or known.channel.lost is not None)
         if dials and self._reachable and not any(fnmatchcase(url, pattern) for pattern in self._reachable):
             raise PermissionDeniedError(self.id, "dial", f"{url} is none of the addresses that its operator has listed")
+        if dials and self._asking is not None:
+            self.authorize(self._asking, "dial", url)
         if name not in self.peers and len(self.peers) >= self.limits.links:
             self.peers = {known: peer for known, peer in self.peers.items() if peer.channel.lost is None}
         if name not in self.peers and len(self.peers) >= self.limits.links:
@@ -302,18 +321,19 @@ class Worker:
                 if guest is not None:
                     guest.reaches.add(gone.reference.peer)
 
-    def authorize(self, guest: Guest, action: str, object_id: Any = 0) -> None:
+    def authorize(self, guest: Guest, action: str, about: Any = 0) -> None:
         """Ask the policies, before anything has happened.
 
         Args:
             guest: Who wants to do it.
             action: One of `farpoint.plugins.hookspecs.ACTIONS`, or the name of an operator.
-            object_id: What it is about, as it came from the wire.
+            about: What it is about, as it came from the wire: the id of an object, of `dial` the URL.
 
         Raises:
             PermissionDeniedError: One refuses.
         """
-        refusal = plugins.authorize(action, guest.name, object_id if type(object_id) is int else 0, self.id, guest.identity)
+        shown = about if type(about) is int or action == "dial" else 0
+        refusal = plugins.authorize(action, guest.name, shown, self.id, guest.identity)
         if refusal is not None:
             kind = GetNotPermittedError if action == "get" else PermissionDeniedError
             raise kind(self.id, action, refusal)
