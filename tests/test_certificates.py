@@ -18,10 +18,11 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 import farpoint
-from farpoint import GetNotPermittedError, TransportError
+from farpoint import GetNotPermittedError, RefusedError, TransportError
 from farpoint.access import Admission, Credentials, name_in
 from farpoint.certificates import DAYS, Certificates, make_certificates
 from farpoint.host import Hosting
+from farpoint.peer import SYNC
 from farpoint.plugins import plugins
 from farpoint.testing.transport import Recorder, eventually
 from farpoint.worker import Worker
@@ -140,6 +141,28 @@ class TestReached:
             assert greet(owner, taken=0)["taken"] == 0
         finally:
             bob.close()
+
+
+class TestPrincipals:
+    @pytest.mark.parametrize("scheme", ["tls", "wss"])
+    def test_sessions_are_counted_for_the_name_in_a_certificate(self, certificates: Certificates, scheme: str) -> None:
+        files = {"certificate": (certificates.server, certificates.server_key), "clients": certificates.authority}
+        bob = Hosting(name="bob", listen=f"{scheme}://localhost:0", tokens=("a" * 22, "b" * 22), **files).worker()  # type: ignore[arg-type]
+        owner, worker = context(certificates, certificates), context(certificates)
+        worker.load_cert_chain(certificates.server, certificates.server_key)
+        clients = [
+            Worker(f"client-{number}", "", ["msgpack"], credentials=Credentials("ab"[number % 2] * 22, worker if number == 17 else owner))
+            for number in range(18)
+        ]
+        try:
+            peers = [client.peer("bob", bob.url) for client in clients[:16]]
+            with pytest.raises(RefusedError, match="whoever shows the certificate of 'owner' has 16 sessions, and the limit is sessions_per_principal=16"):
+                clients[16].peer("bob", bob.url)
+            peers.append(clients[17].peer("bob", bob.url))
+            assert all(peer.request([SYNC, [], []]) for peer in peers)
+        finally:
+            for end in (*clients, bob):
+                end.close()
 
 
 class TestWorkersWithAndWithoutTls:

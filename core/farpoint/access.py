@@ -58,6 +58,22 @@ class Admission:
         matches = [hmac.compare_digest(shown, known.encode()) for known in self.tokens]
         return any(matches) or not self.tokens or (self.verify is not None and self.verify(token))
 
+    def principal(self, token: str, identity: str) -> str:
+        """Return whom somebody who was let in counts as, empty if there is no telling.
+
+        That is whoever the certificate names, else the holder of a token, if there are several. A single token is everybody's, and
+        a capability shows who has introduced somebody, not who that is.
+
+        Args:
+            token: What was shown.
+            identity: The name in the certificate that was shown, empty if none was.
+        """
+        if identity:
+            return f"the certificate of {identity!r}"
+        shown = token.encode(errors="replace")
+        matches = [hmac.compare_digest(shown, known.encode()) for known in self.tokens]
+        return f"token {matches.index(True) + 1}" if len(matches) > 1 and any(matches) else ""
+
 
 NO_CREDENTIALS = Credentials()
 EVERYBODY = Admission()
