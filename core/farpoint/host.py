@@ -169,14 +169,18 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device of torch; write cpu") from error
+        raise ValueError(f"{name!r} is no device of torch; it finds {', '.join(_devices())} here; write cpu") from error
     if device.type == "cpu" and not device.index:
         return
-    found = torch.accelerator.current_accelerator()
-    present = device.type == "meta" or found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
-    if not present:
-        raise ValueError(f"this machine has no device {name!r}, or this build of torch does not know it; write cpu")
+    if device.type != "meta" and str(device) not in (found := _devices()) and f"{device}:0" not in found:
+        raise ValueError(f"torch finds no device {name!r} here, it finds {', '.join(found)}; write cpu")
     raise ValueError(f"workers do not support the device {name!r} yet: operations run on the CPU only; write cpu")
+
+
+def _devices() -> list[str]:
+    """Return the devices that torch finds on this machine."""
+    found = torch.accelerator.current_accelerator()
+    return ["cpu"] + ([f"{found.type}:{number}" for number in range(torch.accelerator.device_count())] if found is not None else [])
 
 
 def host(hosting: Hosting, announce: Callable[[Worker], None], *, until_eof: bool = False) -> None:

@@ -59,7 +59,7 @@ def worker(
     origin: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may open a link, like https://example.org. Repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where operations run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where operations run: cpu; workers do not support others yet.")] = "cpu",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="What it puts up with, like bytes=1000000. Repeatable.")
     ] = None,
