@@ -54,12 +54,12 @@ def worker(
         Path | None, typer.Option(metavar="FILE", help="Authorities it trusts where it dials other workers. By default those of --tls-ca.")
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Do without a token, and without TLS where others can listen in.")
+        bool, typer.Option("--insecure", help="Do without a token, and without TLS where others can listen in, also to dial them.")
     ] = False,
     origin: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may open a link, like https://example.org. Repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where operations run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where operations run: cpu; workers do not support others yet.")] = "cpu",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="What it puts up with, like bytes=1000000. Repeatable.")
     ] = None,
