@@ -172,6 +172,7 @@ class Guest:
         doomed: Why its link is about to be closed.
         reading: What it reads piece by piece, as it is stored and as bytes.
         left: Whether it is gone, and what it held with it.
+        gone: Set as soon as it is, for whoever waits for that.
         away: Whether its lease has run out, and it may still come back.
         executor: What runs its operations.
     """
@@ -197,6 +198,7 @@ class Guest:
         self.bad = 0
         self.doomed: ProtocolError | None = None
         self.left = False
+        self.gone = threading.Event()
         self.away = False
         self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
         isolation = worker.isolation

@@ -205,7 +205,7 @@ def host(hosting: Hosting, announce: Callable[[Worker], None], *, until_eof: boo
             _wait(over, until_eof=until_eof)
             logger.info("%s ends", worker.id)
         finally:
-            worker.close()
+            worker.close(farewell=True)
 
 
 @contextmanager

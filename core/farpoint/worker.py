@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -182,6 +183,7 @@ class Worker:
                 self.logger.info("%s: the session with %s is over", self.id, guest.name)
         guest.executor.close()
         self.settle()
+        guest.gone.set()
 
     def execute(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Carry a command out. What goes wrong is told to the client, and changes nothing."""
@@ -243,9 +245,14 @@ class Worker:
             except KeyError:
                 return
 
-    def close(self) -> None:
-        """Stop: no client is served any more."""
+    def close(self, *, farewell: bool = False) -> None:
+        """Stop: no client is served any more.
+
+        Args:
+            farewell: Whether to wait until every client has been told, but not for one that does not listen.
+        """
         self._closed.set()
+        guests = [guest for guest in list(self.guests.values()) if guest.channel.lane is not None]
         if self._listener is not None:
             self._listener.close()
         if self.isolation is not None:
@@ -255,6 +262,9 @@ class Worker:
         for peer in list(self.peers.values()):
             peer.close()
         self.store.close()
+        deadline = time.monotonic() + 2 * self.limits.close_seconds
+        for guest in guests if farewell else []:
+            guest.gone.wait(max(0.0, deadline - time.monotonic()))
 
     def find(self, guest: Guest, object_id: int) -> Any:
         """Return an object that a client holds.
