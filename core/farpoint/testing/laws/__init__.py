@@ -8,7 +8,7 @@ They run once for each combination of what is registered: a transport, a seriali
 tells how to narrow that down, and how to run them on workers of another kind.
 """
 
-from farpoint.testing.laws.autograd import TestL13Autograd
+from farpoint.testing.laws.autograd import TestL13AcrossWorkers, TestL13Autograd
 from farpoint.testing.laws.chains import TestL4GetConsumes, TestL5OperationsFollowTheChain
 from farpoint.testing.laws.errors import TestL9ErrorsHappenWhereYouMadeThem
 from farpoint.testing.laws.machine import TestL3StateMachine
@@ -35,6 +35,7 @@ __all__ = [
     "TestL10NothingLeavesByAccident",
     "TestL11ProgramOrder",
     "TestL12TorchIsTorch",
+    "TestL13AcrossWorkers",
     "TestL13Autograd",
     "TestL14FarpointLeavesTorchAlone",
 ]
