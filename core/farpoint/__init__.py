@@ -46,6 +46,7 @@ from farpoint.hook import TorchHook
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, me
+from farpoint.scalars import allow_scalars
 
 __all__ = [
     "CapabilityError",
@@ -89,6 +90,7 @@ __all__ = [
     "WorkerNotFoundError",
     "WorkerRestartedError",
     "aconnect",
+    "allow_scalars",
     "blocking",
     "connect",
     "get",

@@ -152,7 +152,8 @@ class ValueNotHereError(PointerError):
         self.worker = worker
         super().__init__(
             f"{request} needs the value of a pointer, and the value is on {worker}. "
-            "Bring it here first, with p.get(), or p.get(keep=True) to leave it there as well."
+            "Bring it here first, with p.get(), or p.get(keep=True) to leave it there as well; "
+            "farpoint.allow_scalars() lets code of others read single numbers."
         )
 
 

@@ -52,7 +52,6 @@ _REFUSED: dict[Any, str] = {
         "p.map_()": _T.map_,
         "p.map2_()": _T.map2_,
         "p.pin_memory()": _T.pin_memory,
-        "copy.deepcopy(p)": _T.__deepcopy__,
     }.items()
 }
 VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})

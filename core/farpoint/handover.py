@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +90,18 @@ def _send(tensor: torch.Tensor, target: RemoteWorker, wants_grad: bool) -> Point
     return pointer
 
 
+def place(tensor: torch.Tensor, workers: Sequence[str]) -> torch.Tensor:
+    """Return a copy of a tensor at the end of a chain, in the graph of the tensor.
+
+    Args:
+        tensor: It, local.
+        workers: Those of the chain, the data's worker last.
+    """
+    for worker in reversed(workers):
+        tensor = send(tensor, worker, requires_grad=tensor.requires_grad)
+    return tensor
+
+
 def _reachable(pointer: PointerTensor) -> Reference:
     """Return the reference of a pointer that is neither spent nor lost: a new worker may have the name of the old one."""
     reference = gate.check_live(pointer)
@@ -118,12 +130,13 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     gate.check_live(pointer)
     if is_recorded(pointer) and (keep or not pointer.is_leaf):
         worker = pointer._route.workers[0]
-        return cross(pointer, lambda value: _get(value, keep, False), lambda grad: _return(grad, worker))  # type: ignore[no-any-return]
+        return cross(pointer, lambda value: _get(value, keep, False), lambda grad: place(grad, [worker]))  # type: ignore[no-any-return]
     return _get(pointer, keep, bool(pointer.requires_grad and pointer.is_leaf))
 
 
-def _return(grad: torch.Tensor, worker: str) -> torch.Tensor:
-    return send(grad, worker, requires_grad=grad.requires_grad)
+def fetch(pointer: PointerTensor) -> torch.Tensor:
+    """Return what a pointer points at, as `get` does, with the gradient, as a leaf; the pointer stays valid."""
+    return _get(pointer, True, bool(pointer.requires_grad))
 
 
 def _get(pointer: PointerTensor, keep: bool, wants_grad: bool) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -16,6 +17,7 @@ from farpoint.errors import (
     NotColocatedError,
     OperationNotAllowedError,
     RemoteExecutionError,
+    ValueNotHereError,
     WorkerLostError,
 )
 from farpoint.inference import Layout, Signature, layout_of, signature_of
@@ -23,10 +25,14 @@ from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
 from farpoint.references import Reference
 from farpoint.route import SPENT, Route
+from farpoint.scalars import may_read, read
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
 
 _make = torch.Tensor._make_wrapper_subclass
 _ids = itertools.count(1)
+_COPY: Any = torch.Tensor.copy_
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # of a property in C
+_SETTER = type(_SET_DATA)
 
 
 @attrs.frozen
@@ -91,9 +97,20 @@ class PointerTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        gate.check(cls, func, args, kwargs)
+        if func is _COPY and type(args[0]) is cls and type(args[1]) is not cls:
+            from farpoint.handover import place
+
+            args = (args[0], place(args[1], args[0]._route.workers), *args[2:])  # as torch copies from one device to another
+        try:
+            gate.check(cls, func, args, kwargs)
+        except ValueNotHereError:
+            if not may_read(func, gate.first_pointer(cls, args, kwargs)):
+                raise
+            return read(func, args, kwargs)
         try:
             with torch._C.DisableTorchFunctionSubclass():
+                if type(func) is _SETTER and func == _SET_DATA:
+                    return _set_data(args[0], args[1])
                 return func(*args, **kwargs) if kwargs else func(*args)
         except RuntimeError as error:
             if "its data is not allocated yet" in str(error):  # torch's C++ wanted to read the elements
@@ -108,6 +125,8 @@ class PointerTensor(torch.Tensor):
             return dispatch(func, args, kwargs or {})
         except OperationNotAllowedError as error:
             if func in gate.VALUES:
+                if may_read(func, gate.first_pointer(cls, args, kwargs)):
+                    return read(func, args, kwargs)
                 raise gate.not_here(gate.first_pointer(cls, args, kwargs), str(func)) from error
             raise
         except WorkerLostError as error:
@@ -127,6 +146,23 @@ class PointerTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise gate.not_here(self, "pickling")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PointerTensor:
+        found: PointerTensor | None = memo.get(id(self))
+        if found is not None:
+            return found
+        gate.check_live(self)
+        if not self.is_leaf:
+            raise RuntimeError("a pointer with a history cannot be copied deeply, as no tensor with one can; p.detach() has none")
+        with torch.no_grad():
+            copied: PointerTensor = self.detach().clone()  # type: ignore[assignment]  # of a pointer
+        copied.requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied._is_param = True  # torch's mark
+        memo[id(self)] = copied
+        if self.grad is not None:
+            copied.grad = copy.deepcopy(self.grad, memo)
+        return copied
 
     def __enter__(self) -> Self:
         return self
@@ -218,6 +254,14 @@ class PointerTensor(torch.Tensor):
 
         annotate(self, description=description)
         return self
+
+
+def _set_data(pointer: Any, value: Any) -> None:
+    """Carry out `pointer.data = value`: both are the same object there then."""
+    if not (type(pointer) is type(value) is PointerTensor):
+        raise TypeError("p.data = x takes a pointer for a pointer, and a local tensor for a local one; p.copy_(x) writes values")
+    _SET_DATA(pointer, value)
+    pointer._reference, pointer._route, pointer._spec = value._reference, value._route, value._spec
 
 
 def describe(pointer: PointerTensor) -> str:

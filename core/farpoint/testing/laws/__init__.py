@@ -12,6 +12,7 @@ from farpoint.testing.laws.autograd import TestL13AcrossWorkers, TestL13Autograd
 from farpoint.testing.laws.chains import TestL4GetConsumes, TestL5OperationsFollowTheChain
 from farpoint.testing.laws.errors import TestL9ErrorsHappenWhereYouMadeThem
 from farpoint.testing.laws.machine import TestL3StateMachine
+from farpoint.testing.laws.modules import TestModules
 from farpoint.testing.laws.moving import TestL6TheDataEnd, TestL7NothingIsLost
 from farpoint.testing.laws.order import TestL11ProgramOrder
 from farpoint.testing.laws.places import TestL8TogetherOrNotAtAll, TestL10NothingLeavesByAccident
@@ -38,4 +39,5 @@ __all__ = [
     "TestL13AcrossWorkers",
     "TestL13Autograd",
     "TestL14FarpointLeavesTorchAlone",
+    "TestModules",
 ]
