@@ -58,8 +58,7 @@ class Transformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         words = self.words(x)
         mask = (words[0] @ words[0].t()).detach().new_full((5, 5), float("-inf")).triu(1)
-        # Without the hint torch looks at the values of the mask, which are not here.
-        out: torch.Tensor = self.out(self.transformer(words, words, tgt_mask=mask, tgt_is_causal=True).mean(1))
+        out: torch.Tensor = self.out(self.transformer(words, words, tgt_mask=mask).mean(1))
         return out
 
 
@@ -79,6 +78,18 @@ class Graph(nn.Module):
         return torch.zeros_like(hidden).scatter_add(0, end[:, None].expand(-1, 3), hidden[start]) / degree
 
 
+class Recurrent(nn.Module):
+    """Words in, a class out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.lstm, self.out = nn.Embedding(11, 6), nn.LSTM(6, 8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(self.lstm(self.words(x))[0][:, -1])
+        return out
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
 
@@ -91,6 +102,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "MLP": (mlp, torch.randn(12, 4, generator=chance())),
     "ResNet": (ResNet, torch.randn(12, 1, 8, 8, generator=chance())),
     "Transformer": (Transformer, torch.randint(0, 11, (12, 5), generator=chance())),
+    "LSTM": (Recurrent, torch.randint(0, 11, (12, 5), generator=chance())),
     "graph": (Graph, (torch.randn(12, 4, generator=chance()), torch.randint(0, 12, (2, 40), generator=chance()))),
 }
 
@@ -136,9 +148,11 @@ def test_the_loss_curve(bob: VirtualWorker, name: str, monkeypatch: pytest.Monke
     losses = curve(there, inputs, y.send(bob), optimizer, lambda: waits.append(0))  # type: ignore[attr-defined]  # the hook's
     # Only the first step may ask what an operation returns whose shape nobody knows here.
     assert not any(waits[1:]), f"steps waited: {waits}"
-    assert [loss.get().item() for loss in losses] == [loss.item() for loss in expected]
+    # Workers do not execute oneDNN's LSTM, whose sums are done in another order.
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if name == "LSTM" else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close([loss.get() for loss in losses], expected, **near)
     there.get()
     for key, value in here.state_dict().items():
-        torch.testing.assert_close(there.state_dict()[key], value, rtol=0, atol=0)
+        torch.testing.assert_close(there.state_dict()[key], value, **near)
     del losses, inputs, optimizer, there
     assert len(bob) == 0

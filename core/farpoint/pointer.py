@@ -27,6 +27,7 @@ from farpoint.references import Reference
 from farpoint.route import SPENT, Route
 from farpoint.scalars import may_read, read
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
+from farpoint.surroundings import without_onednn
 
 _make = torch.Tensor._make_wrapper_subclass
 _ids = itertools.count(1)
@@ -111,7 +112,7 @@ class PointerTensor(torch.Tensor):
             if func is not torch.lstm:
                 raise
             # oneDNN's kernel, which no worker executes, as its workspace cannot be checked. Step by step it is the same.
-            with torch._C.DisableTorchFunctionSubclass(), torch.backends.mkldnn.flags(enabled=False):
+            with torch._C.DisableTorchFunctionSubclass(), without_onednn():
                 return func(*args, **kwargs or {})
         except ValueNotHereError:
             result = _otherwise(func, args, kwargs or {})

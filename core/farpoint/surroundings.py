@@ -14,6 +14,20 @@ _EXCLUDED: Final = torch._C._dispatch_tls_local_exclude_set()
 
 
 @contextmanager
+def without_onednn() -> Iterator[None]:
+    """Let torch take kernels of its own. For all threads: torch has one switch.
+
+    `torch.backends.mkldnn.flags` would write other settings as well, and warn of one.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextmanager
 def plain() -> Iterator[None]:
     """Let what is done here be as in a thread of its own.
 
