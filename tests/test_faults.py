@@ -59,6 +59,16 @@ def interrupt(stage: Stage, p: Any, point: tuple[str, ...], victim: str, *, rest
     return moving
 
 
+def bob_learns_of_the_other_life(stage: Stage) -> None:
+    """Move something to alice. Where bob has not heard yet that she has died, one move says so, and no second one."""
+    p = data("small").send(stage.cluster.bob)
+    try:
+        p.move(stage.cluster.alice)
+    except TransportError as error:
+        assert "is where it was: alice has died" in str(error)
+        assert torch.equal(p.get(), data("small"))
+
+
 def cases(first: int) -> list[Any]:
     """Return every point with a small and a large tensor, or, unless all are wanted, each ninth of them."""
     every = [(point, size) for point in SOURCE + DESTINATION for size in SIZES if size == "large" or "chunk" not in point]
@@ -98,6 +108,8 @@ def test_the_destination_is_killed(stage: Stage, point: tuple[str, str, str], si
         assert error is None
         with pytest.raises(WorkerLostError, match="alice"):
             moving.result().get()
+        if point in OPEN and restarts:
+            bob_learns_of_the_other_life(stage)
     else:
         assert isinstance(error, TransportError) and "is where it was" in str(error) and "alice" in str(error)
         stage.becomes("bob", **IDLE, objects=1)

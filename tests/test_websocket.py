@@ -171,6 +171,7 @@ def test_both_close_at_once_and_both_get_everything() -> None:
     for link in ends:
         for number in range(40):
             link.write([b"%d" % number, bytes(40_000)])
+    for link in ends:
         link.close()
     gate.set()
     eventually(lambda: near.losses and far.losses)
