@@ -19,6 +19,7 @@ from farpoint.errors import (
 )
 from farpoint.executor import leaves
 from farpoint.failures import describe_failure
+from farpoint.forecast import forecast
 from farpoint.listing import list_store
 from farpoint.names import check_description, check_note, check_query, check_tags, words_of
 from farpoint.plugins import plugins
@@ -70,6 +71,7 @@ class Commands:
             int(Kind.LIST): self._list,
             int(Kind.LOCATE): self._locate,
             int(Kind.READ): self._read,
+            int(Kind.SEED): self._seed,
         }
 
     def _define(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -119,11 +121,13 @@ class Commands:
         for hole in template.numbers:
             if not is_number(values[hole]):
                 raise MalformedMessageError("RUN", f"values[{hole}]", "a number", brief(values[hole]))
+        if not template.tensors:
+            self._admit_new(guest, template, values)
         if plugins.has_policy:
             about = given[0] if given and type(given[0]) is int else 0
             self._worker.authorize(guest, template.operation.name, about)
         if remote:
-            self._pass_on(guest, number, template, values, results)
+            self._pass_on(guest, number, template, given, values, results)
             return
         # Stored tensors require no grad: the tape is the client's.
         returned = guest.executor.execute(template, values)
@@ -144,8 +148,14 @@ class Commands:
             if object_id and isinstance(value, torch.Tensor):
                 self._worker.add(guest.holder, object_id, value)
 
+    def _admit_new(self, guest: Guest, template: Template, values: list[Any]) -> None:
+        """Check that somebody may have a tensor made of nothing, and that there is room for it before it is made."""
+        if guest.introduced:
+            self._worker.doorman.check_kind(Kind.PUT)  # it is one, without the values
+        guest.quota.check(forecast(template, values), 0)
+
     def _pass_on(
-        self, guest: Guest, number: int, template: Template, values: list[Any], results: list[int]
+        self, guest: Guest, number: int, template: Template, given: list[Any], values: list[Any], results: list[int]
     ) -> None:
         peer: Peer | None = None
         onward = values.copy()
@@ -160,8 +170,9 @@ class Commands:
                     )
                 onward[position] = value.reference.id
         assert peer is not None
-        for value in values:
-            if isinstance(value, torch.Tensor) and value.ndim:
+        for sent, value in zip(given, values, strict=True):
+            # What has come with the command goes on with it; what is stored here does not belong there.
+            if sent is not value and isinstance(value, torch.Tensor) and value.ndim:
                 raise NotColocatedError(
                     template.operation.name, f"on {peer.name}", f"on {self._worker.id}", f"p.remote_send({peer.name})"
                 )
@@ -358,6 +369,10 @@ class Commands:
         self._worker.free(every)
         self._worker.holders.forget(every)
         guest.answer(number, True)
+
+    def _seed(self, guest: Guest, number: int, message: list[Any]) -> None:
+        self._worker.authorize(guest, "seed")
+        guest.executor.seed(message[1])
 
     def _sync(self, guest: Guest, number: int, message: list[Any]) -> None:
         visited, further = [*message[1], self._worker.id], message[2]

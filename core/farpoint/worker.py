@@ -23,6 +23,7 @@ from farpoint.errors import (
     ProtocolError,
     WorkerNotFoundError,
 )
+from farpoint.executor import InProcess
 from farpoint.failures import describe_failure
 from farpoint.guest import Doorstep, Guest
 from farpoint.isolation import isolation_of
@@ -98,6 +99,7 @@ class Worker:
         self.doorman = Doorman(self)
         self._sought: set[str] = set()
         self._closed = threading.Event()
+        self.in_process = InProcess()
         self.isolation = isolation_of(self) if isolate else None
         self._commands = Commands(self).table()
         self._inline = bool(url) and plugins.transport(url).inline
