@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import secrets
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 import farpoint
-from farpoint import GetNotPermittedError, TransportError
+from farpoint import GetNotPermittedError, RefusedError, TransportError
 from farpoint.access import Admission, Credentials, name_in
 from farpoint.certificates import DAYS, Certificates, make_certificates
+from farpoint.host import Hosting
+from farpoint.peer import SYNC
 from farpoint.plugins import plugins
 from farpoint.testing.transport import Recorder, eventually
 from farpoint.worker import Worker
@@ -64,6 +67,10 @@ def context(trusted: Certificates, shown: Certificates | None = None) -> ssl.SSL
 
 def served(certificates: Certificates) -> list[str]:
     return ["--tls-cert", str(certificates.server), "--tls-key", str(certificates.server_key)]
+
+
+def shown(certificates: Certificates) -> list[str]:
+    return ["--tls-cert", str(certificates.client), "--tls-key", str(certificates.client_key)]
 
 
 class TestReached:
@@ -134,6 +141,115 @@ class TestReached:
             assert greet(owner, taken=0)["taken"] == 0
         finally:
             bob.close()
+
+
+class TestPrincipals:
+    @pytest.mark.parametrize("scheme", ["tls", "wss"])
+    def test_sessions_are_counted_for_the_name_in_a_certificate(self, certificates: Certificates, scheme: str) -> None:
+        files = {"certificate": (certificates.server, certificates.server_key), "clients": certificates.authority}
+        bob = Hosting(name="bob", listen=f"{scheme}://localhost:0", tokens=("a" * 22, "b" * 22), **files).worker()  # type: ignore[arg-type]
+        owner, worker = context(certificates, certificates), context(certificates)
+        worker.load_cert_chain(certificates.server, certificates.server_key)
+        clients = [
+            Worker(f"client-{number}", "", ["msgpack"], credentials=Credentials("ab"[number % 2] * 22, worker if number == 17 else owner))
+            for number in range(18)
+        ]
+        try:
+            peers = [client.peer("bob", bob.url) for client in clients[:16]]
+            with pytest.raises(RefusedError, match="whoever shows the certificate of 'owner' has 16 sessions, and the limit is sessions_per_principal=16"):
+                clients[16].peer("bob", bob.url)
+            peers.append(clients[17].peer("bob", bob.url))
+            assert all(peer.request([SYNC, [], []]) for peer in peers)
+        finally:
+            for end in (*clients, bob):
+                end.close()
+
+
+class TestWorkersWithAndWithoutTls:
+    @pytest.fixture
+    def hosted(self, certificates: Certificates) -> Iterator[Callable[..., Worker]]:
+        made: list[Worker] = []
+
+        def host(listen: str, **options: Any) -> Worker:
+            secure = listen.startswith(("tls", "wss"))
+            if secure:
+                options["certificate"] = (certificates.server, certificates.server_key)
+            hosting = Hosting(name=f"w{secrets.token_hex(4)}", listen=listen, tokens=("t" * 22,), trusted=certificates.authority, **options)
+            hosting.check()
+            made.append(hosting.worker())
+            return made[-1]
+
+        yield host
+        for worker in made:
+            worker.close()
+
+    @pytest.mark.parametrize(("secure", "clear"), [("tls", "tcp"), ("wss", "ws"), ("tls", "ws"), ("wss", "unix")])
+    def test_they_move_both_ways(
+        self, hosted: Callable[..., Worker], certificates: Certificates, tmp_path: Path, secure: str, clear: str
+    ) -> None:
+        place = f"unix://{tmp_path}/bob" if clear == "unix" else f"{clear}://127.0.0.1:0"
+        alice, bob = hosted(f"{secure}://localhost:0"), hosted(place)
+        with (
+            farpoint.connect(alice.url, token="t" * 22, ca=certificates.authority) as far,
+            farpoint.connect(bob.url, token="t" * 22) as near,
+        ):
+            p = data().send(far).move(near)
+            assert (len(far), len(near)) == (0, 1)
+            pp = p.move(far).send(near)
+            assert (len(far), len(near)) == (1, 1)
+            assert torch.equal(pp.move(near).get(), data())
+            assert (len(far), len(near)) == (0, 0)
+
+    @pytest.mark.parametrize("url", ["tcp://192.0.2.1:9", "ws://192.0.2.1:9"])
+    def test_nothing_is_shown_in_the_clear_where_others_listen(
+        self, hosted: Callable[..., Worker], certificates: Certificates, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        alice, carol = hosted("tls://localhost:0"), hosted("tls://localhost:0", insecure=True)
+        dialled = []
+
+        def connect(_: Any, url: str, receiver: Any, credentials: Credentials) -> Any:
+            dialled.append((url, credentials.tls))
+            raise TransportError(url, "nobody dials in a test")
+
+        monkeypatch.setattr(type(plugins.transport(url)), "connect", connect)
+        with pytest.raises(TransportError, match="in the clear where others can listen in"):
+            alice.introduce("bob", url)
+        assert not dialled and not alice.peers
+        with pytest.raises(TransportError, match="nobody dials"):
+            carol.introduce("bob", url)
+        assert dialled == [(url, None)]
+
+
+class TestCommands:
+    @pytest.mark.parametrize("scheme", ["wss", "tls"])
+    def test_they_show_a_certificate(
+        self, run: Callable[..., Process], certificates: Certificates, others: Certificates, scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("FARPOINT_TOKEN", raising=False)
+        mutual = [*served(certificates), "--tls-ca", str(certificates.authority)]
+        urls = [run(name, "--listen", f"{scheme}://localhost:0", *mutual).url() for name in ("bob", "alice")]
+        trusted = ["--ca", str(certificates.authority)]
+        commands = [["ping", urls[0], "--count", "2"], ["doctor", *urls], ["tutorial", "--workers", *urls]]
+        said = ["bob at ", "all is well", "tensor([ 2,  4,  6,  8, 10])"]
+        for words, expected in zip(commands, said, strict=True):
+            done = CliRunner().invoke(app, [*words, *trusted, *shown(certificates)])
+            assert done.exit_code == 0 and expected in done.output, done.output
+            for wrong in ([], shown(others)):
+                done = CliRunner().invoke(app, [*words, *trusted, *wrong])
+                assert done.exit_code == 1 and urls[0] in done.output and "Traceback" not in done.output, done.output
+            done = CliRunner().invoke(app, [*words, "--ca", str(others.authority), *shown(certificates)])
+            assert done.exit_code == 1 and "certificate is not" in done.output, done.output
+
+    @pytest.mark.parametrize("words", [["ping", "tls://localhost:1"], ["doctor", "tls://localhost:1"], ["tutorial", "--workers", "tls://a:1", "tls://b:1"]])
+    def test_files_that_are_wrong(self, certificates: Certificates, others: Certificates, words: list[str]) -> None:
+        for options, complaint in (
+            (shown(certificates)[:2], "--tls-cert and --tls-key belong together"),
+            (shown(certificates)[2:], "--tls-cert and --tls-key belong together"),
+            ([*shown(certificates)[:2], *shown(others)[2:]], "do not belong together"),
+            (["--ca", str(certificates.client_key)], "client.key: there is no certificate in it"),
+        ):
+            done = CliRunner().invoke(app, [*words, *options])
+            assert done.exit_code == 2 and complaint in done.stderr and done.stderr.count("\n") == 1, done.output
 
 
 class TestFiles:

@@ -16,11 +16,12 @@ import farpoint
 from farpoint import (
     InvalidNameError,
     PointerError,
+    RefusedError,
     RemoteExecutionError,
     WorkerLostError,
     WorkerRestartedError,
 )
-from farpoint.access import Admission
+from farpoint.access import Admission, Credentials
 from farpoint.approach import Approach
 from farpoint.channel import Lane
 from farpoint.errors import (
@@ -32,7 +33,7 @@ from farpoint.errors import (
     UnreachableError,
 )
 from farpoint.limits import Limits
-from farpoint.peer import Peer
+from farpoint.peer import SYNC, Peer
 from farpoint.plugins import hookimpl, plugins
 from farpoint.testing.transport import PATIENCE, eventually
 from farpoint.worker import Worker
@@ -157,6 +158,47 @@ class TestConnecting:
         worker = make(admission=Admission(tokens=(TOKEN,)))
         monkeypatch.setenv("FARPOINT_TOKEN", TOKEN)
         farpoint.connect(worker.url).close()
+
+
+class TestPrincipals:
+    """Sessions are counted for whoever can be told apart, and for nobody else."""
+
+    @pytest.fixture
+    def come(self) -> Iterator[Callable[..., Peer]]:
+        clients: list[Worker] = []
+
+        def come(worker: Worker, token: str = "") -> Peer:
+            clients.append(Worker(f"client-{len(clients)}", "", ["msgpack"], credentials=Credentials(token)))
+            return clients[-1].peer(worker.id, worker.url)
+
+        yield come
+        for client in clients:
+            client.close()
+
+    def test_one_of_several_tokens(self, make: Make, come: Callable[..., Peer]) -> None:
+        worker = make(admission=Admission(tokens=("a" * 22, "b" * 22)), limits=Limits(sessions_per_principal=2))
+        first, second = come(worker, "a" * 22), come(worker, "a" * 22)
+        with pytest.raises(RefusedError, match="whoever shows token 1 has 2 sessions, and the limit is sessions_per_principal=2") as caught:
+            come(worker, "a" * 22)
+        assert caught.value.worker == worker.id and "a" * 22 not in str(caught.value)
+        other = come(worker, "b" * 22)
+        for peer in (first, second, other):
+            assert peer.request([SYNC, [], []])
+        first.close()
+        eventually(lambda: len(worker.guests) == 2)
+        assert come(worker, "a" * 22).request([SYNC, [], []])
+
+    def test_the_one_token_of_everybody_and_none(self, make: Make, come: Callable[..., Peer]) -> None:
+        for tokens in (("a" * 22,), ()):
+            worker = make(admission=Admission(tokens=tokens), limits=Limits(sessions_per_principal=2))
+            peers = [come(worker, *tokens) for _ in range(4)]
+            assert all(peer.request([SYNC, [], []]) for peer in peers) and len(worker.guests) == 4
+
+    def test_who_is_who(self) -> None:
+        door = Admission(tokens=("a" * 22, "b" * 22), verify=lambda token: token.startswith("fp1."))
+        shown = [door.principal(*shown) for shown in (("a" * 22, ""), ("b" * 22, ""), ("a" * 22, "carol"), ("b" * 22, "carol"), ("fp1.x", ""))]
+        assert shown == ["token 1", "token 2", "the certificate of 'carol'", "the certificate of 'carol'", ""]
+        assert Admission(tokens=("a" * 22,)).principal("a" * 22, "") == Admission().principal("a" * 22, "") == ""
 
 
 class TestSessions:

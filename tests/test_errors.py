@@ -57,6 +57,7 @@ SAMPLES: list[FarpointError] = [
     errors.QuotaError("bob", "objects", 100_000, "object 100001"),
     errors.ProtocolError("a packet must be a list"),
     errors.MalformedMessageError("PUT", "id", "an id", "'x'"),
+    errors.RefusedError("bob", "this session is in use"),
     errors.StaleIncarnationError("an earlier life was meant"),
     errors.TransportError("virtual://bob", "the token is not accepted there"),
     errors.UnreachableError("tcp://alice:1", "connection refused", "move with relay=True", "bob", "alice"),

@@ -30,6 +30,7 @@ from farpoint.limits import Limits
 from farpoint.operations import lookup, names
 from farpoint.protocol.messages import Kind
 from farpoint.remote import RemoteWorker
+from farpoint.surroundings import without_onednn
 from farpoint.template import Template
 from farpoint.worker import Worker
 from test_isolation import Place, ready
@@ -384,10 +385,8 @@ class TestRecurrent:
         assert away(p, farpoint.send(state, bob))[0].detach().get().tolist() == expected.tolist()
 
     def test_the_switch_is_put_back_by_the_last(self, bob: VirtualWorker) -> None:
-        from farpoint.recurrent import _without_onednn
-
         enabled = torch._C._get_mkldnn_enabled()
-        first, second = _without_onednn(), _without_onednn()
+        first, second = without_onednn(), without_onednn()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

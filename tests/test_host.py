@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import farpoint
 from farpoint import InsecureListenerError, TransportError, WorkerLostError
-from farpoint.access import Credentials
-from farpoint.host import Hosting, check_device, is_local, is_wildcard
+from farpoint.access import Credentials, is_local
+from farpoint.host import Hosting, check_device, host, is_wildcard
 from farpoint.plugins import plugins
 from farpoint.testing.transport import Recorder
 from farpoint.tokens import new_token, read_tokens
@@ -143,8 +143,9 @@ def test_a_port_that_is_taken(refused: Callable[..., tuple[int, str]]) -> None:
         (["bob and alice"], 2, "cannot be a worker's name"),
         (["bob", "--store", "shelf"], 2, "store 'shelf': no installed plugin"),
         (["bob", "--serializer", "morse"], 2, "serializer 'morse': no installed plugin"),
-        (["bob", "--device", "tpu9"], 2, "'tpu9' is no device of torch"),
-        (["bob", "--device", "xpu"], 2, "this machine has no device 'xpu'"),
+        (["bob", "--device", "tpu9"], 2, "'tpu9' is no device of torch; it finds cpu.* here"),
+        (["bob", "--device", "xpu"], 2, "torch finds no device 'xpu' here, it finds cpu.*; write cpu"),
+        (["bob", "--device", "cpu:1"], 2, "torch finds no device 'cpu:1' here"),
         (["bob", "--device", "meta"], 2, "do not support the device 'meta' yet: operations run on the CPU only"),
         (["bob", "--limit", "objets=5"], 2, "no limit 'objets'; the names are header_bytes, .*objects"),
         (["bob", "--limit", "objects=many"], 2, "objects=VALUE with a whole number above 0; the default is 100000"),
@@ -193,6 +194,24 @@ class TestWhoMayListenWhere:
         check_device("cpu:0")
         with pytest.raises(ValueError, match="no device"):
             check_device("cpu:1:2")
+
+    def test_a_device_that_is_here_and_not_supported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        for name in ("cuda", "cuda:0", "cuda:1"):
+            with pytest.raises(ValueError, match=f"do not support the device '{name}' yet: operations run on the CPU only; write cpu"):
+                check_device(name)
+        with pytest.raises(ValueError, match="no device 'cuda:2' here, it finds cpu, cuda:0, cuda:1; write cpu"):
+            check_device("cuda:2")
+
+    def test_it_is_checked_before_anything_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        listening: list[str] = []
+        transport = type(plugins.transport("tcp://"))
+        monkeypatch.setattr(transport, "listen", lambda _, url, *__: listening.append(url))
+        monkeypatch.setattr("farpoint.host._wait", lambda *_, **__: None)  # one that starts after all ends at once
+        with pytest.raises(ValueError, match="no device 'xpu' here"):
+            host(hosting(device="xpu"), lambda _: None)
+        assert not listening
 
 
 class TestTokens:

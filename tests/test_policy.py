@@ -26,11 +26,13 @@ from farpoint.errors import (
 from farpoint.listing import fetch_listing
 from farpoint.plugins import PluginManager, hookimpl, plugins
 from farpoint.plugins.hookspecs import ACTIONS
+from farpoint.testing.transport import eventually
+from farpoint.worker import Worker
 
 farpoint.TorchHook(torch)
 numbers = itertools.count()
 
-Asked = tuple[str, str, int, str]
+Asked = tuple[str, str, Any, str]
 
 
 class Policy:
@@ -41,7 +43,7 @@ class Policy:
         self.decide = decide
 
     @hookimpl
-    def farpoint_authorize(self, action: str, subject: str, object: int, worker: str) -> Any:
+    def farpoint_authorize(self, action: str, subject: str, object: int | str, worker: str) -> Any:
         asked = (action, subject, object, worker)
         self.asked.append(asked)
         return self.decide(asked)
@@ -146,6 +148,59 @@ class TestDenial:
         assert put[1] == net.bob.id and put[2] > 0, "the one who brings it asks, about the new object"
         net.lift()
         assert torch.equal(home(p.move(net.alice)), data())
+
+    @pytest.mark.parametrize("transport", ["virtual", "tcp", "websocket"])
+    def test_dial(self, net: Net, transport: str) -> None:
+        """Whoever names an address is refused, before anything is dialled, and what it was for has not happened."""
+        here, there, away = (Worker(f"{stem}-{next(numbers)}", plugins.local_url(transport, "w"), ["msgpack"]) for stem in ("here", "there", "away"))
+        bob, alice, charlie = handles = [farpoint.connect(worker.url) for worker in (here, there, away)]
+        policy = net.enforce(lambda asked: f"no {asked[0]}, please" if asked[0] == "dial" and asked[3] == here.id else None)
+        p, q = data().send(bob), data().send(alice)
+        calls: list[tuple[Callable[[], Any], Worker]] = [
+            (lambda: p.move(alice), there),
+            (lambda: home(q.send(bob)), there),
+            (lambda: p.send(charlie).move(alice), there),  # charlie has to dial here, which is permitted
+            (lambda: p.remote_send(charlie), away),
+        ]
+        for call, named in calls:
+            policy.asked.clear()
+            with pytest.raises(PermissionDeniedError) as caught:
+                call()
+            error = caught.value
+            assert (error.worker, error.action, error.reason) == (here.id, "dial", "no dial, please")
+            [(_, _, about, _)] = [asked for asked in policy.asked if asked[0] == "dial" and asked[3] == here.id]
+            assert about == named.url
+            assert not here.peers
+        gc.collect()
+        assert (len(bob), len(alice), len(charlie)) == (1, 1, 0)
+        assert all(torch.equal(kept.get(keep=True), data()) for kept in (p, q))
+        net.lift()
+        assert torch.equal(home(p.move(alice)), data()) and torch.equal(home(q.send(bob)), data())
+        for handle in handles:
+            handle.close()
+        for worker in (here, there, away):
+            worker.close()
+
+    def test_dial_by_who_is_to_receive(self, net: Net) -> None:
+        here, there = (Worker(f"{stem}-{next(numbers)}", plugins.local_url("tcp", "w"), ["msgpack"]) for stem in ("here", "there"))
+        bob, alice = farpoint.connect(here.url), farpoint.connect(there.url)
+        policy = net.enforce(lambda asked: "no" if asked[0] == "dial" and asked[3] == there.id else None)
+        p = data().send(bob)
+        with pytest.raises(TransportError, match=f"is where it was: {there.id}: {there.id} does not permit dial: no"):
+            p.move(alice)
+        assert ("dial", "me", there.url, here.id) in policy.asked and ("dial", here.id, here.url, there.id) in policy.asked
+        assert not there.peers and (len(bob), len(alice)) == (1, 0)
+        eventually(lambda: not here.movers._states.open_peers())  # nobody asks again for ever
+        net.lift()
+        assert torch.equal(home(p.move(alice)), data())
+        for end in (bob, alice, here, there):
+            end.close()
+
+    def test_who_is_connected_already_is_not_dialled(self, net: Net) -> None:
+        p = data().send(net.bob).move(net.alice)
+        policy = net.refuse("dial")
+        assert torch.equal(home(p.move(net.bob).send(net.alice)), data())
+        assert not [asked for asked in policy.asked if asked[0] == "dial"]
 
     def test_search(self, net: Net) -> None:
         kept = data().tag("#x").send(net.bob)

@@ -29,6 +29,7 @@ from farpoint.errors import (
     PointerSpentError,
     ProtocolError,
     QuotaError,
+    RefusedError,
     RemoteExecutionError,
     ResizedOutputError,
     StaleIncarnationError,
@@ -47,6 +48,7 @@ from farpoint.hook import TorchHook
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, manual_seed, me
+from farpoint.scalars import allow_scalars
 
 __all__ = [
     "CapabilityError",
@@ -74,6 +76,7 @@ __all__ = [
     "PointerTensor",
     "ProtocolError",
     "QuotaError",
+    "RefusedError",
     "RemoteExecutionError",
     "RemoteWorker",
     "ResizedOutputError",
@@ -89,6 +92,7 @@ __all__ = [
     "WorkerNotFoundError",
     "WorkerRestartedError",
     "aconnect",
+    "allow_scalars",
     "blocking",
     "connect",
     "data",

@@ -20,6 +20,7 @@ from farpoint.errors import (
     NobodyListensError,
     NotAdmittedError,
     ProtocolError,
+    RefusedError,
     SynchronizationTimeoutError,
     TransportError,
     WorkerLostError,
@@ -131,7 +132,7 @@ class Approach:
         peer = self._peer
         welcome = json.loads(text)
         if isinstance(welcome, dict) and isinstance(welcome.get("refused"), str):
-            raise ProtocolError(f"{peer.name or peer.url} refused us: {welcome['refused'][:500]}")
+            raise RefusedError(peer.name or peer.url, welcome["refused"][:500])
         WELCOME.check_map(welcome)
         name, serializer, incarnation = welcome["worker"], welcome["serializer"], bytes.fromhex(welcome["incarnation"])
         if peer.name and name != peer.name:

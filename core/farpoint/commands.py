@@ -127,7 +127,7 @@ class Commands:
             about = given[0] if given and type(given[0]) is int else 0
             self._worker.authorize(guest, template.operation.name, about)
         if remote:
-            self._pass_on(guest, number, template, given, values, results)
+            self._pass_on(guest, number, template, values, results, given)
             return
         # Stored tensors require no grad: the tape is the client's.
         returned = guest.executor.execute(template, values)
@@ -155,7 +155,7 @@ class Commands:
         guest.quota.check(forecast(template, values), 0)
 
     def _pass_on(
-        self, guest: Guest, number: int, template: Template, given: list[Any], values: list[Any], results: list[int]
+        self, guest: Guest, number: int, template: Template, values: list[Any], results: list[int], given: list[Any]
     ) -> None:
         peer: Peer | None = None
         onward = values.copy()
@@ -170,9 +170,9 @@ class Commands:
                     )
                 onward[position] = value.reference.id
         assert peer is not None
-        for sent, value in zip(given, values, strict=True):
-            # What has come with the command goes on with it; what is stored here does not belong there.
-            if sent is not value and isinstance(value, torch.Tensor) and value.ndim:
+        for value, sent in zip(values, given, strict=True):
+            # What came with the command, a constant of a formula of torch's, goes on with it.
+            if isinstance(value, torch.Tensor) and value.ndim and value is not sent:
                 raise NotColocatedError(
                     template.operation.name, f"on {peer.name}", f"on {self._worker.id}", f"p.remote_send({peer.name})"
                 )

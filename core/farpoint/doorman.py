@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from farpoint.access import Admission
+from farpoint.access import EVERYBODY, Admission
 from farpoint.capability import HOLD_SECONDS, PREFIX, check, mint, read
 from farpoint.errors import CapabilityError, PermissionDeniedError
 from farpoint.protocol.messages import Kind
@@ -34,12 +35,14 @@ class Doorman:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._secret = secrets.token_bytes(32)
-        self._tokens: tuple[str, ...] = ()
+        self._admission = EVERYBODY
+        self.counting = threading.Lock()
+        """Held from `is_full` until the session is among the worker's."""
         self._used: dict[str, float] = {}
 
     def admission(self, admission: Admission) -> Admission:
         """Return an admission that lets those in as well who show a capability of this worker."""
-        self._tokens = admission.tokens
+        self._admission = admission
         return attrs.evolve(admission, verify=self._opens)
 
     def welcome(self, guest: Guest) -> dict[str, Any]:
@@ -63,12 +66,22 @@ class Doorman:
         Raises:
             CapabilityError: It was made for somebody else.
         """
-        if not token.startswith(PREFIX) or not self._tokens:
+        if not token.startswith(PREFIX) or not self._admission.tokens:
             return False
         audience = self._read(token).get("audience", incarnation)
         if audience != incarnation:
             raise CapabilityError(self._worker.id, "it was made for somebody else")
         return True
+
+    def principal(self, token: str, identity: str) -> str:
+        """Return whom somebody who was let in counts as: see `Admission.principal`."""
+        return self._admission.principal(token, identity)
+
+    def is_full(self, principal: str) -> bool:
+        """Return whether a principal has as many sessions as it may, those included whose link is lost."""
+        # A copy: a session may end meanwhile.
+        present = [guest.principal for guest in list(self._worker.guests.values())]
+        return bool(principal) and present.count(principal) >= self._worker.limits.sessions_per_principal
 
     def check_kind(self, kind: int) -> None:
         """Refuse what only somebody with a token may ask.

@@ -29,6 +29,7 @@ what to type next::
     ├── QuotaError (RuntimeError)           a worker keeps as much for you as it is willing to
     ├── ProtocolError (RuntimeError)        the peer broke the protocol
     │   ├── MalformedMessageError             a message is not what its kind declares
+    │   ├── RefusedError                      a worker does not begin a session with us, and says why
     │   └── StaleIncarnationError             it speaks to an earlier life of this process
     ├── TransportError (ConnectionError)    a link could not be made, or broke
     │   ├── NobodyListensError                nobody listens where it was to lead
@@ -151,7 +152,8 @@ class ValueNotHereError(PointerError):
         self.worker = worker
         super().__init__(
             f"{request} needs the value of a pointer, and the value is on {worker}. "
-            "Bring it here first, with p.get(), or p.get(keep=True) to leave it there as well."
+            "Bring it here first, with p.get(), or p.get(keep=True) to leave it there as well; "
+            "farpoint.allow_scalars() lets code of others read single numbers."
         )
 
 
@@ -365,10 +367,12 @@ class InvalidNameError(FarpointError, ValueError):
 
 
 class InsecureListenerError(FarpointError, ValueError):
-    """A worker would let strangers in, or speak in the clear where they can listen. It does not start.
+    """A worker would let strangers in, or speak in the clear where they can listen, or its files for TLS are not what they must be.
+
+    It does not start, and who should dial with such files does not dial.
 
     Attributes:
-        place: Where it was to listen, or the file that its secrets are in.
+        place: Where it was to listen, or the file that is wrong.
         reason: What is wrong with that.
         fix: What to type.
     """
@@ -474,6 +478,22 @@ class MalformedMessageError(ProtocolError):
         self.wanted = wanted
         self.found = found
         super().__init__(f"{kind}: {field} must be {wanted}, and {found} was sent")
+
+
+class RefusedError(ProtocolError):
+    """A worker does not begin a session with us: it has too many, or shares no serializer or version of the protocol with us.
+
+    Attributes:
+        worker: Who refuses: its name, or its URL if that is not known.
+        reason: What it says.
+    """
+
+    advice = "Ask whoever runs it if that is not your mistake; `farpoint --version` on both sides shows whether it is one of versions."
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"{worker} refused us: {reason}")
+        self.worker = worker
+        self.reason = reason
 
 
 class StaleIncarnationError(ProtocolError):

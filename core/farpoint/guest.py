@@ -100,11 +100,17 @@ class Doorstep:
             introduced = worker.doorman.introduced(self._link.token, hello["incarnation"])
         except CapabilityError as error:
             return {"refused": str(error)}
-        guest = Guest(worker, hello, introduced=introduced, identity=self._link.identity)
-        # Whoever has learnt the number of a session must not become that session. Not under the worker's lock: the thread
-        # that dials us may hold that of its own worker.
-        if worker.guests.setdefault(guest.holder, guest) is not guest:
-            return {"refused": "this session is in use"}
+        principal = worker.doorman.principal(self._link.token, self._link.identity)
+        # Not under the worker's lock: the thread that dials us may hold that of its own worker.
+        with worker.doorman.counting:
+            if worker.doorman.is_full(principal):
+                allowed = worker.limits.sessions_per_principal
+                worker.logger.warning("%s: no room for another session of whoever shows %s", worker.id, principal)
+                return {"refused": f"whoever shows {principal} has {allowed} sessions, and the limit is sessions_per_principal={allowed}: close one"}
+            guest = Guest(worker, hello, introduced=introduced, identity=self._link.identity, principal=principal)
+            # Whoever has learnt the number of a session must not become that session.
+            if worker.guests.setdefault(guest.holder, guest) is not guest:
+                return {"refused": "this session is in use"}
         serializer = plugins.serializer(shared[0], worker.limits)
         session = Session(worker.incarnation, guest.incarnation, worker.limits.answers())
         guest.channel.open(self._lane, session, serializer, worker.limits, inline=self._inline)
@@ -147,6 +153,7 @@ class Guest:
         hello: Its greeting, which was checked.
         introduced: Whether it came in with a capability: it may only use what it was handed.
         identity: The name in its certificate, empty if it has shown none.
+        principal: Whom its sessions are counted for, empty if that is not known.
 
     Attributes:
         name: What the client calls itself.
@@ -165,13 +172,15 @@ class Guest:
         doomed: Why its link is about to be closed.
         reading: What it reads piece by piece, as it is stored and as bytes.
         left: Whether it is gone, and what it held with it.
+        gone: Set as soon as it is, for whoever waits for that.
         away: Whether its lease has run out, and it may still come back.
         executor: What runs its operations.
     """
 
-    def __init__(self, worker: Worker, hello: dict[str, Any], *, introduced: bool, identity: str = "") -> None:
+    def __init__(self, worker: Worker, hello: dict[str, Any], *, introduced: bool, identity: str = "", principal: str = "") -> None:
         self.worker = worker
         self.identity = identity
+        self.principal = principal
         self.name: str = hello["client"]
         self.url: str = hello["url"]
         self.holder: int = hello["session"]
@@ -189,6 +198,7 @@ class Guest:
         self.bad = 0
         self.doomed: ProtocolError | None = None
         self.left = False
+        self.gone = threading.Event()
         self.away = False
         self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
         isolation = worker.isolation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from farpoint import gate
 from farpoint.catalogue import note_of, write_note
 from farpoint.channel import BATCH, LARGE
+from farpoint.crossing import cross, is_recorded
 from farpoint.errors import FarpointError, MalformedMessageError, PointerError, WorkerLostError
 from farpoint.names import check_note
 from farpoint.pointer import Beyond, PointerTensor, spend
@@ -33,15 +35,21 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
         tensor: Values, dtype, `requires_grad`, `.grad` and tags are copied. The tensor stays usable, and later
             changes to it are not seen by the worker. Of a pointer the reference is copied; it stays valid.
         worker: Who gets it, as a handle or by name.
-        requires_grad: Whether the pointer requires a gradient; as the tensor does, if not given.
+        requires_grad: Whether the pointer requires a gradient. If not given it is a fresh leaf that does as the tensor. With True it
+            stays in the tensor's graph, if that has one: gradients come back.
 
     Raises:
         WorkerNotFoundError: Nobody of that name is known.
         EncodeError: The tensor is of a kind that cannot travel.
     """
     target = resolve(worker)
+    if requires_grad and is_recorded(tensor):
+        return cross(tensor, lambda value: _send(value, target, False), lambda grad: get(grad, keep=True))  # type: ignore[no-any-return]
+    return _send(tensor, target, tensor.requires_grad if requires_grad is None else requires_grad)
+
+
+def _send(tensor: torch.Tensor, target: RemoteWorker, wants_grad: bool) -> PointerTensor:
     peer = target.peer
-    wants_grad = tensor.requires_grad if requires_grad is None else requires_grad
     note = note_of(tensor)
     about = [sorted(note.tags), note.description]
     if isinstance(tensor, PointerTensor):
@@ -82,6 +90,18 @@ def send(tensor: torch.Tensor, worker: RemoteWorker | str, *, requires_grad: boo
     return pointer
 
 
+def place(tensor: torch.Tensor, workers: Sequence[str]) -> torch.Tensor:
+    """Return a copy of a tensor at the end of a chain, in the graph of the tensor.
+
+    Args:
+        tensor: It, local.
+        workers: Those of the chain, the data's worker last.
+    """
+    for worker in reversed(workers):
+        tensor = send(tensor, worker, requires_grad=tensor.requires_grad)
+    return tensor
+
+
 def _reachable(pointer: PointerTensor) -> Reference:
     """Return the reference of a pointer that is neither spent nor lost: a new worker may have the name of the old one."""
     reference = gate.check_live(pointer)
@@ -97,6 +117,9 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
         pointer: It is spent afterwards. A tensor that is here is returned as it is.
         keep: Copy instead, and leave the pointer valid.
 
+    Returns:
+        It stays in the pointer's graph: gradients go back to the worker. Only of a leaf that is spent it is a leaf itself.
+
     Raises:
         PointerSpentError: It was spent before.
         GetNotPermittedError: The worker's policy keeps the value.
@@ -104,14 +127,26 @@ def get(pointer: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
     """
     if not isinstance(pointer, PointerTensor):
         return pointer
+    gate.check_live(pointer)
+    if is_recorded(pointer) and (keep or not pointer.is_leaf):
+        worker = pointer._route.workers[0]
+        return cross(pointer, lambda value: _get(value, keep, False), lambda grad: place(grad, [worker]))  # type: ignore[no-any-return]
+    return _get(pointer, keep, bool(pointer.requires_grad and pointer.is_leaf))
+
+
+def fetch(pointer: PointerTensor) -> torch.Tensor:
+    """Return what a pointer points at, as `get` does, with the gradient, as a leaf; the pointer stays valid."""
+    return _get(pointer, True, bool(pointer.requires_grad))
+
+
+def _get(pointer: PointerTensor, keep: bool, wants_grad: bool) -> torch.Tensor:
     reference = gate.check_live(pointer)
     peer, workers = reference.peer, pointer._route.workers
     pointer._route.order()
     asked = [int(Kind.FETCH), reference.id]
     answer = peer.request(asked) if peer.channel.inline else peer.download(asked, pointer.nbytes)
     peer.answers.raise_orphan()
-    wants_grad = bool(pointer.requires_grad and pointer.is_leaf)
-    grad = _grad_of(pointer)
+    grad = _grad_of(pointer) if wants_grad or not pointer.requires_grad else None
     result: torch.Tensor
     if answer[0] == "pointer":
         _, name, url, target, _, tags, description, capability = answer
@@ -190,6 +225,8 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str, *, relay: b
     route, workers = pointer._route, pointer._route.workers
     if workers[-1] == target.id:
         return pointer
+    if is_recorded(pointer) and not pointer.is_leaf:
+        return _cross(pointer, lambda value: move(value, target, relay=relay))
     if len(workers) > 1 and workers[-2] == target.id:
         return _shorten(pointer, "move")
     route.order()
@@ -239,7 +276,25 @@ def remote_get(pointer: PointerTensor) -> torch.Tensor:
     On a pointer of one hop this is `get`.
     """
     gate.check_live(pointer)
-    return get(pointer) if len(pointer._route.workers) == 1 else _shorten(pointer, "remote_get")
+    if len(pointer._route.workers) == 1:
+        return get(pointer)
+    if is_recorded(pointer) and not pointer.is_leaf:
+        return _cross(pointer, remote_get)
+    return _shorten(pointer, "remote_get")
+
+
+def _cross(pointer: PointerTensor, call: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """Move the data of a pointer within its graph. Its gradients are moved to where it was."""
+    before = pointer._route.workers
+
+    def back(grad: Any) -> torch.Tensor:
+        copy = grad.clone()  # for others may have the same gradient
+        now = grad._route.workers
+        if len(before) > len(now):
+            return remote_send(copy, before[-1])
+        return remote_get(copy) if len(before) < len(now) else move(copy, before[-1])
+
+    return cross(pointer, call, back)  # type: ignore[no-any-return]
 
 
 def remote_send(pointer: PointerTensor, worker: RemoteWorker | str) -> PointerTensor:
@@ -250,6 +305,8 @@ def remote_send(pointer: PointerTensor, worker: RemoteWorker | str) -> PointerTe
     """
     target = resolve(worker)
     gate.check_live(pointer)
+    if is_recorded(pointer) and not pointer.is_leaf:
+        return _cross(pointer, lambda value: remote_send(value, target))  # type: ignore[return-value]  # a pointer stays one
     workers = pointer._route.workers
     message = [len(workers) - 1, target.id, target.peer.terms.advertised, 0, 0, True, target.peer.terms.give(operation="dial")]
     return _replace(pointer, message, (*workers, target.id), "remote_send")

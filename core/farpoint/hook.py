@@ -1,11 +1,11 @@
-"""The methods that `TorchHook` adds to `torch.Tensor`. It adds names, and changes none."""
+"""The methods that `TorchHook` adds to `torch.Tensor` and `torch.nn.Module`. It adds names, and changes none."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
 
-from farpoint import handover
+from farpoint import handover, modules
 from farpoint.catalogue import annotate
 from farpoint.errors import FarpointError
 from farpoint.remote import me
@@ -38,10 +38,11 @@ def _describe(self: Any, description: str) -> Any:
 
 
 _METHODS = {"send": _send, "get": _get, "move": _move, "tag": _tag, "describe": _describe}
+_OF_MODULES = {"send": modules.send, "get": modules.get, "move": modules.move, "copy": modules.copy}
 
 
 class TorchHook:
-    """Adds `send`, `get`, `move`, `tag` and `describe` to the tensors of torch.
+    """Adds `send`, `get`, `move`, `tag` and `describe` to the tensors of torch, and `send`, `get`, `move` and `copy` to its modules.
 
     Args:
         torch: The module `torch`.
@@ -51,11 +52,15 @@ class TorchHook:
     """
 
     def __init__(self, torch: ModuleType) -> None:
-        for name, method in _METHODS.items():
-            present = getattr(torch.Tensor, name, None)
+        added: list[tuple[Any, str, Any]] = [(torch.Tensor, *item) for item in _METHODS.items()]
+        added += [(torch.nn.Module, *item) for item in _OF_MODULES.items()]
+        for kind, name, method in added:
+            present = getattr(kind, name, None)
             if present is not None and present is not method:
-                raise FarpointError(f"torch.Tensor.{name} exists already, and TorchHook replaces nothing; use farpoint.{name}()")
-            setattr(torch.Tensor, name, method)
+                where = "farpoint" if kind is torch.Tensor else "farpoint.modules"
+                raise FarpointError(f"torch.{kind.__name__}.{name} exists already, and TorchHook replaces nothing; use {where}.{name}()")
+        for kind, name, method in added:
+            setattr(kind, name, method)
 
     @property
     def local_worker(self) -> Worker:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import attrs
 import torch
 
-from farpoint.access import Admission, Credentials
+from farpoint.access import Admission, Credentials, is_local, tls_context
 from farpoint.errors import InsecureListenerError, PluginError, TransportError
 from farpoint.limits import DEFAULT_LIMITS, Limits
 from farpoint.plugins import plugins
@@ -113,7 +113,7 @@ class Hosting:
         """
         tls = None
         if self.certificate is not None:
-            tls = self._context(ssl.Purpose.CLIENT_AUTH, self.clients)
+            tls = tls_context(ssl.Purpose.CLIENT_AUTH, self.clients, self.certificate)
             if self.clients is not None:
                 tls.verify_mode = ssl.CERT_REQUIRED
         return Admission(tokens=self.tokens, tls=tls, origins=self.origins, limits=self.limits)
@@ -125,35 +125,31 @@ class Hosting:
             InsecureListenerError: A certificate, a key or an authority cannot be read.
         """
         trusted = self.trusted or self.clients
-        tls = self._context(ssl.Purpose.SERVER_AUTH, trusted) if self.certificate is not None or trusted is not None else None
-        return Credentials(token=self.tokens[0] if self.tokens else "", tls=tls, limits=self.limits)
+        shows = self.certificate is not None or trusted is not None
+        tls = tls_context(ssl.Purpose.SERVER_AUTH, trusted, self.certificate) if shows else None
+        return Credentials(self.tokens[0] if self.tokens else "", tls, self.limits, insecure=self.insecure)
 
-    def _context(self, purpose: ssl.Purpose, authority: Path | None) -> ssl.SSLContext:
-        path: Path | None = authority
-        try:
-            context = ssl.create_default_context(purpose, cafile=authority)
-            if self.certificate is not None:
-                path = self.certificate[0]
-                context.load_cert_chain(*self.certificate)
-        except ssl.SSLError as error:
-            what = "this certificate and its key do not belong together, or are none" if path != authority else "there is no certificate in it"
-            raise InsecureListenerError(str(path), f"{what} ({error.reason or error})", "give files in PEM format; `farpoint certs` makes some") from error
-        except OSError as error:
-            names = [str(file) for file in (authority, *(self.certificate or ())) if file is not None and not os.access(file, os.R_OK)]
-            place = names[0] if names else str(path)
-            raise InsecureListenerError(place, f"it cannot be read: {error.strerror or error}", "check the path, and who may read it") from error
-        return context
+    def worker(self) -> Worker:
+        """Return the worker, which listens.
 
-
-def is_local(url: str) -> bool:
-    """Return whether only this machine reaches an address."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix" or parts.hostname == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:
-        return False
+        Raises:
+            InsecureListenerError: A certificate, a key or an authority cannot be read.
+            PluginError: A transport, a serializer or a store is unknown or broken.
+            TransportError: It cannot listen there.
+            ValueError: The name is none.
+        """
+        return Worker(
+            self.name,
+            self.listen,
+            preferred_serializers(self.serializer or None),
+            self.store,
+            self.limits,
+            admission=self.admission(),
+            credentials=self.credentials(),
+            advertise=self.advertise,
+            reachable=self.reachable,
+            isolate=self.isolate,
+        )
 
 
 def is_wildcard(url: str) -> bool:
@@ -173,14 +169,18 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device of torch; write cpu") from error
+        raise ValueError(f"{name!r} is no device of torch; it finds {', '.join(_devices())} here; write cpu") from error
     if device.type == "cpu" and not device.index:
         return
-    found = torch.accelerator.current_accelerator()
-    present = device.type == "meta" or found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
-    if not present:
-        raise ValueError(f"this machine has no device {name!r}, or this build of torch does not know it; write cpu")
+    if device.type != "meta" and str(device) not in (found := _devices()) and f"{device}:0" not in found:
+        raise ValueError(f"torch finds no device {name!r} here, it finds {', '.join(found)}; write cpu")
     raise ValueError(f"workers do not support the device {name!r} yet: operations run on the CPU only; write cpu")
+
+
+def _devices() -> list[str]:
+    """Return the devices that torch finds on this machine."""
+    found = torch.accelerator.current_accelerator()
+    return ["cpu"] + ([f"{found.type}:{number}" for number in range(torch.accelerator.device_count())] if found is not None else [])
 
 
 def host(hosting: Hosting, announce: Callable[[Worker], None], *, until_eof: bool = False) -> None:
@@ -199,24 +199,13 @@ def host(hosting: Hosting, announce: Callable[[Worker], None], *, until_eof: boo
     """
     hosting.check()
     with _endings() as over:
-        worker = Worker(
-            hosting.name,
-            hosting.listen,
-            preferred_serializers(hosting.serializer or None),
-            hosting.store,
-            hosting.limits,
-            admission=hosting.admission(),
-            credentials=hosting.credentials(),
-            advertise=hosting.advertise,
-            reachable=hosting.reachable,
-            isolate=hosting.isolate,
-        )
+        worker = hosting.worker()
         try:
             announce(worker)
             _wait(over, until_eof=until_eof)
             logger.info("%s ends", worker.id)
         finally:
-            worker.close()
+            worker.close(farewell=True)
 
 
 @contextmanager

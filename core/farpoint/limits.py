@@ -40,6 +40,7 @@ class Limits:
         executor_bytes: Memory that the process of such a session may take, beside the objects.
         transfers: Moves that a session may have under way.
         links: Links of one worker to its clients, and as many to other workers.
+        sessions_per_principal: Sessions of one principal: of one certificate, or of one token if there are several.
         bad_requests: Malformed messages on one link before it is closed.
         open_seconds: Time to open a link.
         ping_seconds: Silence after which a link is tested.
@@ -83,6 +84,7 @@ class Limits:
     executor_bytes: int = 4 * 1024 * MEBI
     transfers: int = 64
     links: int = 256
+    sessions_per_principal: int = 16
     bad_requests: int = 10
     open_seconds: float = 5.0
     ping_seconds: float = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -10,12 +11,13 @@ import attrs
 import torch
 from torch.utils import _pytree as pytree
 
-from farpoint import gate, recurrent
+from farpoint import gate, presumptions
 from farpoint.errors import (
     FarpointError,
     NotColocatedError,
     OperationNotAllowedError,
     RemoteExecutionError,
+    ValueNotHereError,
     WorkerLostError,
 )
 from farpoint.inference import Layout, Signature, layout_of, signature_of
@@ -23,10 +25,15 @@ from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
 from farpoint.references import Reference
 from farpoint.route import SPENT, Route
+from farpoint.scalars import may_read, read
 from farpoint.spec import TensorSpec, spec_from_wire, spec_of
+from farpoint.surroundings import without_onednn
 
 _make = torch.Tensor._make_wrapper_subclass
 _ids = itertools.count(1)
+_COPY: Any = torch.Tensor.copy_
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # of a property in C
+_SETTER = type(_SET_DATA)
 
 
 @attrs.frozen
@@ -91,16 +98,35 @@ class PointerTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in recurrent.CALLS:
-            return recurrent.call(cls, func, args, kwargs)
-        gate.check(cls, func, args, kwargs)
+        if func is _COPY and type(args[0]) is cls and type(args[1]) is not cls:
+            from farpoint.handover import place
+
+            args = (args[0], place(args[1], args[0]._route.workers), *args[2:])  # as torch copies from one device to another
         try:
+            gate.check(cls, func, args, kwargs)
             with torch._C.DisableTorchFunctionSubclass():
+                if type(func) is _SETTER and func == _SET_DATA:
+                    return _set_data(args[0], args[1])
                 return func(*args, **kwargs) if kwargs else func(*args)
+        except OperationNotAllowedError:
+            if func is not torch.lstm:
+                raise
+            # oneDNN's kernel, which no worker executes, as its workspace cannot be checked. Step by step it is the same.
+            with torch._C.DisableTorchFunctionSubclass(), without_onednn():
+                return func(*args, **kwargs or {})
+        except ValueNotHereError:
+            result = _otherwise(func, args, kwargs or {})
+            if result is NotImplemented:
+                raise
+            return result
         except RuntimeError as error:
-            if "its data is not allocated yet" in str(error):  # torch's C++ wanted to read the elements
+            if "its data is not allocated yet" not in str(error):
+                raise
+            # torch's C++ wanted to read the elements
+            result = _otherwise(func, args, kwargs or {})
+            if result is NotImplemented:
                 raise gate.not_here(gate.first_pointer(cls, args, kwargs), func.__name__) from error
-            raise
+            return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks cls and func
@@ -110,6 +136,11 @@ class PointerTensor(torch.Tensor):
             return dispatch(func, args, kwargs or {})
         except OperationNotAllowedError as error:
             if func in gate.VALUES:
+                if may_read(func, gate.first_pointer(cls, args, kwargs)):
+                    return read(func, args, kwargs)
+                value = presumptions.presume(func, args, kwargs or {}, dispatch)
+                if value is not None:
+                    return value
                 raise gate.not_here(gate.first_pointer(cls, args, kwargs), str(func)) from error
             raise
         except WorkerLostError as error:
@@ -129,6 +160,23 @@ class PointerTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise gate.not_here(self, "pickling")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PointerTensor:
+        found: PointerTensor | None = memo.get(id(self))
+        if found is not None:
+            return found
+        gate.check_live(self)
+        if not self.is_leaf:
+            raise RuntimeError("a pointer with a history cannot be copied deeply, as no tensor with one can; p.detach() has none")
+        with torch.no_grad():
+            copied: PointerTensor = self.detach().clone()  # type: ignore[assignment]  # of a pointer
+        copied.requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied._is_param = True  # torch's mark
+        memo[id(self)] = copied
+        if self.grad is not None:
+            copied.grad = copy.deepcopy(self.grad, memo)
+        return copied
 
     def __enter__(self) -> Self:
         return self
@@ -222,6 +270,14 @@ class PointerTensor(torch.Tensor):
         return self
 
 
+def _set_data(pointer: Any, value: Any) -> None:
+    """Carry out `pointer.data = value`: both are the same object there then."""
+    if not (type(pointer) is type(value) is PointerTensor):
+        raise TypeError("p.data = x takes a pointer for a pointer, and a local tensor for a local one; p.copy_(x) writes values")
+    _SET_DATA(pointer, value)
+    pointer._reference, pointer._route, pointer._spec = value._reference, value._route, value._spec
+
+
 def describe(pointer: PointerTensor) -> str:
     """Return how a pointer prints, without its metadata."""
     reference = pointer._reference
@@ -299,6 +355,20 @@ class _Operands:
         self.route = pointer._route
 
 
+def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Do what torch cannot do here, as it reads a value, in another way; return NotImplemented if there is none."""
+    if func is torch.Tensor.__bool__ and presumptions.no_short_cut():
+        return False
+    if may_read(func, gate.first_pointer(PointerTensor, args, kwargs)):
+        return read(func, args, kwargs)
+    found = presumptions.whole(func, args, kwargs)
+    if found is None:
+        return NotImplemented
+    operator, named = found
+    with torch._C.DisableTorchFunctionSubclass():
+        return dispatch(operator, args, named)
+
+
 def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: Route | None = None) -> Any:
     """Issue one aten operation whose operands are pointers, and return pointers to its results.
 
@@ -370,10 +440,10 @@ def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def _ask(func: Any, route: Route, signature: Signature, operands: _Operands) -> Any:
     peer = route.peer
-    returns = func._schema.returns
-    if any("[]" in str(r.type) or "List" in str(r.type) for r in returns):
+    count = signature.count
+    if count is None:
         raise FarpointError(f"{func}: how many tensors it returns depends on data, and cannot be known here")
-    results = [peer.references.new_id() for _ in returns]
+    results = [peer.references.new_id() for _ in range(count)]
     references = [peer.references.refer(result) for result in results]
     with peer.channel.lock:
         slot = peer.slot(signature.template)
@@ -382,4 +452,6 @@ def _ask(func: Any, route: Route, signature: Signature, operands: _Operands) -> 
     values = [
         PointerTensor.wrap(route, reference, spec) for reference, spec in zip(references, specs, strict=True)
     ]
-    return values[0] if len(values) == 1 else tuple(values)
+    if signature.is_list:
+        return values
+    return values[0] if count == 1 else tuple(values)

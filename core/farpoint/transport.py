@@ -107,6 +107,13 @@ class Transport(ABC):
             name: Who will listen: letters, digits and `_.:#-`. It may be part of the URL, to be read by people.
         """
 
+    def encrypts(self, url: str) -> bool:
+        """Return whether links to `url` are under TLS, so that what `Credentials.tls` says applies to them.
+
+        True unless a transport knows better: then it is given what there is, and decides itself.
+        """
+        return True
+
     @abstractmethod
     def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         """Return this end of a new link to whoever listens at `url`.

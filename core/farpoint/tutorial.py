@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def run(
     workers: Sequence[str] = (),
     *,
     token: str | None = None,
-    ca: Path | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Send, fetch, add and move tensors between two workers, and tell what happens.
 
@@ -33,7 +33,7 @@ def run(
         out: Called with each line.
         workers: Where bob and alice listen. If not given, they are made in this process.
         token: What opens their doors; `FARPOINT_TOKEN` if not given.
-        ca: File with the certificates that theirs must be signed by.
+        tls: How to verify them, and the certificate to show; None for what the schemes of the URLs imply.
 
     Raises:
         PluginError: There is no serializer of that name.
@@ -45,7 +45,7 @@ def run(
         made: list[RemoteWorker] = []
         for name, url in zip(("bob", "alice"), workers or ("", ""), strict=True):
             if url:
-                handle = connect(url, token=token, ca=ca, serializer=serializer)
+                handle = connect(url, token=token, tls=tls, serializer=serializer)
             else:
                 handle = VirtualWorker(id=name, serializer=serializer)
             if handle in made:

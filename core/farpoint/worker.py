@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
 
-from farpoint.access import EVERYBODY, Admission, Credentials
-from farpoint.commands import Commands
+from farpoint.access import EVERYBODY, Admission, Credentials, is_local
+from farpoint.commands import Command, Commands
 from farpoint.doorman import Doorman
 from farpoint.errors import (
     FarpointError,
@@ -21,6 +22,7 @@ from farpoint.errors import (
     ObjectNotFoundError,
     PermissionDeniedError,
     ProtocolError,
+    TransportError,
     WorkerNotFoundError,
 )
 from farpoint.executor import InProcess
@@ -98,6 +100,7 @@ class Worker:
         self._reachable = reachable
         self.doorman = Doorman(self)
         self._sought: set[str] = set()
+        self._serving = threading.local()
         self._closed = threading.Event()
         self.in_process = InProcess()
         self.isolation = isolation_of(self) if isolate else None
@@ -122,6 +125,7 @@ class Worker:
             credentials: What a new session shows; what this worker was made with, if not given.
 
         Raises:
+            TransportError: Others could listen in, and this worker has what it takes to prevent that.
             WorkerNotFoundError: Nobody said where it listens.
         """
         with self.lock:
@@ -131,7 +135,7 @@ class Worker:
             url = url or self.urls.get(name, "")
             if not url:
                 raise WorkerNotFoundError(name, self.urls)
-            made = Peer(self, name, url, serializers or self.serializers, credentials or self.credentials)
+            made = Peer(self, name, url, serializers or self.serializers, _fitting(credentials or self.credentials, url))
             if name:
                 self.peers[name] = made
         made.dial()
@@ -181,6 +185,7 @@ class Worker:
                 self.logger.info("%s: the session with %s is over", self.id, guest.name)
         guest.executor.close()
         self.settle()
+        guest.gone.set()
 
     def execute(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Carry a command out. What goes wrong is told to the client, and changes nothing."""
@@ -196,7 +201,7 @@ class Worker:
                     if guest.introduced:
                         self.doorman.check_kind(kind)
                     check_command(kind, message, self.limits)
-                command(guest, number, message)
+                self._carry_out(command, guest, number, message)
             except Exception as error:
                 if guest.left:
                     return  # while an executor of its own was at work
@@ -207,6 +212,21 @@ class Worker:
         if guest.at_once:
             guest.at_once = False
             guest.flush()
+
+    def _carry_out(self, command: Command, guest: Guest, number: int, message: list[Any]) -> None:
+        """Carry a command out, and know meanwhile on this thread whom it is for: with an executor, others are served in between."""
+        before = self._asking
+        self._serving.guest = guest
+        try:
+            command(guest, number, message)
+        finally:
+            self._serving.guest = before
+
+    @property
+    def _asking(self) -> Guest | None:
+        """Who has sent the command that this thread carries out."""
+        guest: Guest | None = getattr(self._serving, "guest", None)
+        return guest
 
     def refuse(self, guest: Guest, number: int, message: list[Any], reason: FarpointError) -> None:
         """Let a command fail before it was carried out."""
@@ -227,9 +247,14 @@ class Worker:
             except KeyError:
                 return
 
-    def close(self) -> None:
-        """Stop: no client is served any more."""
+    def close(self, *, farewell: bool = False) -> None:
+        """Stop: no client is served any more.
+
+        Args:
+            farewell: Whether to wait until every client has been told, but not for one that does not listen.
+        """
         self._closed.set()
+        guests = [guest for guest in list(self.guests.values()) if guest.channel.lane is not None]
         if self._listener is not None:
             self._listener.close()
         if self.isolation is not None:
@@ -239,6 +264,9 @@ class Worker:
         for peer in list(self.peers.values()):
             peer.close()
         self.store.close()
+        deadline = time.monotonic() + 2 * self.limits.close_seconds
+        for guest in guests if farewell else []:
+            guest.gone.wait(max(0.0, deadline - time.monotonic()))
 
     def find(self, guest: Guest, object_id: int) -> Any:
         """Return an object that a client holds.
@@ -281,13 +309,16 @@ class Worker:
 
         Raises:
             LimitError: There are too many already.
-            PermissionDeniedError: The operator has listed others.
+            PermissionDeniedError: The operator has listed others, or a policy refuses.
             WorkerNotFoundError: Nobody said where it listens.
         """
         known = self.peers.get(name)
+        url = url or self.urls.get(name, "")
         dials = url and (known is None or known.channel.lost is not None)
         if dials and self._reachable and not any(fnmatchcase(url, pattern) for pattern in self._reachable):
             raise PermissionDeniedError(self.id, "dial", f"{url} is none of the addresses that its operator has listed")
+        if dials and self._asking is not None:
+            self.authorize(self._asking, "dial", url)
         if name not in self.peers and len(self.peers) >= self.limits.links:
             self.peers = {known: peer for known, peer in self.peers.items() if peer.channel.lost is None}
         if name not in self.peers and len(self.peers) >= self.limits.links:
@@ -305,18 +336,19 @@ class Worker:
                 if guest is not None:
                     guest.reaches.add(gone.reference.peer)
 
-    def authorize(self, guest: Guest, action: str, object_id: Any = 0) -> None:
+    def authorize(self, guest: Guest, action: str, about: Any = 0) -> None:
         """Ask the policies, before anything has happened.
 
         Args:
             guest: Who wants to do it.
             action: One of `farpoint.plugins.hookspecs.ACTIONS`, or the name of an operator.
-            object_id: What it is about, as it came from the wire.
+            about: What it is about, as it came from the wire: the id of an object, of `dial` the URL.
 
         Raises:
             PermissionDeniedError: One refuses.
         """
-        refusal = plugins.authorize(action, guest.name, object_id if type(object_id) is int else 0, self.id, guest.identity)
+        shown = about if type(about) is int or action == "dial" else 0
+        refusal = plugins.authorize(action, guest.name, shown, self.id, guest.identity)
         if refusal is not None:
             kind = GetNotPermittedError if action == "get" else PermissionDeniedError
             raise kind(self.id, action, refusal)
@@ -350,6 +382,23 @@ class Worker:
             self.holders.create(guest.holder, result)
         # An operation in place, or a check, has no result that could carry its error.
         guest.fail(number, {**failure, "orphan": not new})
+
+
+def _fitting(credentials: Credentials, url: str) -> Credentials:
+    """Return credentials as they are shown at a URL: without the part about TLS where the link is in the clear.
+
+    Raises:
+        TransportError: Others could listen in there, also to the token.
+    """
+    if credentials.tls is None:
+        return credentials
+    transport = plugins.transport(url)
+    if transport.encrypts(url):
+        return credentials
+    if not (credentials.insecure or transport.within_process or is_local(url)):
+        fix = "let it listen at wss:// or tls://, or run the worker that dials with --insecure if the network is trusted"
+        raise TransportError(url, "this link would be in the clear where others can listen in, and who dials has TLS", fix)
+    return attrs.evolve(credentials, tls=None)
 
 
 def _results(message: Any, *, malformed: bool) -> list[Any]:

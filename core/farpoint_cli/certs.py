@@ -46,4 +46,8 @@ For mutual TLS give the worker --tls-ca {made.authority} in place of --ca, and w
     context = ssl.create_default_context(cafile="{made.authority}")
     context.load_cert_chain("{made.client}", "{made.client_key}")
     farpoint.connect("wss://{host}:8765", tls=context)
+
+Is it there?
+
+    farpoint ping wss://{host}:8765 --ca {made.authority} --tls-cert {made.client} --tls-key {made.client_key}
 """)

@@ -7,12 +7,15 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from farpoint_cli.options import Authority, Token
+from farpoint_cli.options import Authority, Certificate, Key, Token, dialling
 from farpoint_cli.ping import tell
+
+if TYPE_CHECKING:
+    import ssl
 
 DEPENDENCIES: Final = ("attrs", "msgpack", "pluggy", "rich", "tqdm", "typer", "websockets")
 
@@ -21,6 +24,8 @@ def doctor(
     urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Where workers listen that shall be reached, too.")] = None,
     token: Token = None,
     ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Key = None,
 ) -> None:
     """Check this installation: versions, and whether every plugin works. The exit code is 1 if something is broken."""
     typer.echo(f"python      {platform.python_version()}   {sys.executable}")
@@ -39,8 +44,9 @@ def doctor(
     else:
         typer.echo(f"imported    {Path(farpoint.__file__).parent}")
         broken += _check_plugins()
+        tls = dialling("doctor", ca, tls_cert, tls_key) if urls else None
         for url in urls or ():
-            broken += _check_worker(url, token, ca)
+            broken += _check_worker(url, token, tls)
     for problem in broken:
         typer.echo(f"broken      {problem}", err=True)
     if broken:
@@ -78,14 +84,14 @@ def _check_plugins() -> list[str]:
     return broken
 
 
-def _check_worker(url: str, token: str | None, ca: Path | None) -> list[str]:
+def _check_worker(url: str, token: str | None, tls: ssl.SSLContext | None) -> list[str]:
     """Reach a worker, and return what went wrong. Another version of torch is wrong, too: results may differ."""
     from farpoint import connect
     from farpoint.about import VERSIONS
     from farpoint.errors import FarpointError
 
     try:
-        with connect(url, token=token, ca=ca) as worker:
+        with connect(url, token=token, tls=tls) as worker:
             theirs = worker.peer.terms.versions
             typer.echo(f"{'worker':<11} {worker.id:<14} {url}, {tell(theirs)}, {1000 * worker.ping():.2f} ms")
     except (FarpointError, OSError) as error:

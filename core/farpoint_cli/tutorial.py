@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from farpoint_cli.complaint import complain
-from farpoint_cli.options import Authority, Token
+from farpoint_cli.options import Authority, Certificate, Key, Token, dialling
 
 
 def tutorial(
@@ -21,13 +21,16 @@ def tutorial(
     ] = None,
     token: Token = None,
     ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Key = None,
 ) -> None:
     """Send, move, add and fetch tensors between two workers, and show where everything is."""
     from farpoint.errors import FarpointError, PluginError
     from farpoint.tutorial import run
 
+    tls = dialling("tutorial", ca, tls_cert, tls_key)
     try:
-        run(serializer, typer.echo, workers or (), token=token, ca=ca)
+        run(serializer, typer.echo, workers or (), token=token, tls=tls)
     except PluginError as error:
         # An unknown name is a mistake in what was typed: exit code 2, as for an unknown option.
         raise typer.BadParameter(str(error), param_hint="--serializer, or FARPOINT_SERIALIZER") from error

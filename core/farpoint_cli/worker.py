@@ -54,12 +54,12 @@ def worker(
         Path | None, typer.Option(metavar="FILE", help="Authorities it trusts where it dials other workers. By default those of --tls-ca.")
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Do without a token, and without TLS where others can listen in.")
+        bool, typer.Option("--insecure", help="Do without a token, and without TLS where others can listen in, also to dial them.")
     ] = False,
     origin: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may open a link, like https://example.org. Repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where operations run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where operations run: cpu; workers do not support others yet.")] = "cpu",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="What it puts up with, like bytes=1000000. Repeatable.")
     ] = None,
@@ -121,6 +121,18 @@ def worker(
         complain("worker", error, 2)  # a mistake in what was typed
     except (FarpointError, OSError) as error:
         complain("worker", error, 1)
+    _end()
+
+
+def _end() -> None:
+    """End this process, in good order as far as it matters: the worker is closed.
+
+    Threads of its links may still be within torch. An interpreter that is taken down under them may abort the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def read_limits(texts: list[str]) -> Limits:

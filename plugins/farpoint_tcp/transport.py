@@ -27,6 +27,9 @@ class TcpTransport(Transport):
 
     schemes: ClassVar[tuple[str, ...]] = ("tcp",)
 
+    def encrypts(self, url: str) -> bool:
+        return False
+
     def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         place = self._place(url)
         tls = self._client_tls(url, credentials.tls)
@@ -80,6 +83,9 @@ class TlsTransport(TcpTransport):
     """Links over TCP under TLS: `tls://host:port`."""
 
     schemes: ClassVar[tuple[str, ...]] = ("tls",)
+
+    def encrypts(self, url: str) -> bool:
+        return True
 
     def _client_tls(self, url: str, tls: ssl.SSLContext | None) -> ssl.SSLContext:
         return tls or ssl.create_default_context()

@@ -148,6 +148,9 @@ class VirtualTransport(Transport):
         with self._lock:
             return PREFIX + next(free for free in names if free not in self._listeners)
 
+    def encrypts(self, url: str) -> bool:
+        return False
+
     def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         name = _name(url)
         with self._lock:

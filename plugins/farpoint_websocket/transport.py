@@ -21,6 +21,9 @@ class WebsocketTransport(Transport):
 
     schemes: ClassVar[tuple[str, ...]] = ("ws", "wss")
 
+    def encrypts(self, url: str) -> bool:
+        return parse(url).secure
+
     def connect(self, url: str, receiver: Receiver, credentials: Credentials = NO_CREDENTIALS) -> Link:
         link = dial(runner(), parse(url), credentials)
         link.start(lambda: receiver)

@@ -31,6 +31,7 @@ ACTIONS: Final = {
     "tag": "write tags or a description on an object",
     "clear": "drop every object",
     "seed": "begin the worker's random numbers anew, from a seed that the asking worker knows",
+    "dial": "dial a worker that a client has introduced, and that this one has no session with",
 }
 """What `farpoint_authorize` is asked about besides operators, which are asked about by their names.
 
@@ -113,7 +114,7 @@ def farpoint_operators() -> Iterable[OperatorPlugin]:  # type: ignore[empty-body
 
 
 @hookspec
-def farpoint_authorize(action: str, subject: str, object: int, worker: str, identity: str) -> bool | str | None:
+def farpoint_authorize(action: str, subject: str, object: int | str, worker: str, identity: str) -> bool | str | None:
     """Answer whether somebody may do something. Called on the worker, before anything has happened.
 
     Every policy is asked, and the action is permitted unless one of them refuses: the answer must not depend on which of two
@@ -123,6 +124,7 @@ def farpoint_authorize(action: str, subject: str, object: int, worker: str, iden
         action: One of `ACTIONS`, or the name of an operator like `aten::add.Tensor`, which is what contains `::`.
         subject: Name that the asking worker gave itself when it connected. It is worth as much as the transport's authentication.
         object: Id of the object it is about: the first operand of an operator, the new id of `put` and `link`, 0 if there is none.
+            Of `dial` it is the URL, as the client has written it.
         worker: Name of the worker that is asked; a process may have several.
         identity: Name in the certificate of the asking worker, which was verified; empty if its link has shown none.
 
@@ -134,7 +136,9 @@ def farpoint_authorize(action: str, subject: str, object: int, worker: str, iden
         from farpoint.plugins import hookimpl
 
         @hookimpl
-        def farpoint_authorize(action, identity):
+        def farpoint_authorize(action, object, identity):
             if action in ("get", "move") and identity != "secure_worker":
                 return "values leave this worker for secure_worker only"
+            if action == "dial" and not object.startswith(("tls://10.0.0.", "wss://10.0.0.")):
+                return "this worker dials within its own network only"
     """

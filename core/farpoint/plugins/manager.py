@@ -204,13 +204,13 @@ class PluginManager:
         self._load()
         return self._authorizers
 
-    def authorize(self, action: str, subject: str, object_id: int, worker: str, identity: str = "") -> str | None:
+    def authorize(self, action: str, subject: str, about: int | str, worker: str, identity: str = "") -> str | None:
         """Return why an action is refused, or None if it is permitted."""
         if not self.has_policy:
             return None
         try:
             answers = self._pluggy.hook.farpoint_authorize(
-                action=action, subject=subject, object=object_id, worker=worker, identity=identity
+                action=action, subject=subject, object=about, worker=worker, identity=identity
             )
         except Exception:
             # What a policy knows is not for the one it refuses: the reason stays in the log of this process.

@@ -8,10 +8,11 @@ They run once for each combination of what is registered: a transport, a seriali
 tells how to narrow that down, and how to run them on workers of another kind.
 """
 
-from farpoint.testing.laws.autograd import TestL13Autograd
+from farpoint.testing.laws.autograd import TestL13AcrossWorkers, TestL13Autograd
 from farpoint.testing.laws.chains import TestL4GetConsumes, TestL5OperationsFollowTheChain
 from farpoint.testing.laws.errors import TestL9ErrorsHappenWhereYouMadeThem
 from farpoint.testing.laws.machine import TestL3StateMachine
+from farpoint.testing.laws.modules import TestModules
 from farpoint.testing.laws.moving import TestL6TheDataEnd, TestL7NothingIsLost
 from farpoint.testing.laws.order import TestL11ProgramOrder
 from farpoint.testing.laws.places import TestL8TogetherOrNotAtAll, TestL10NothingLeavesByAccident
@@ -35,6 +36,8 @@ __all__ = [
     "TestL10NothingLeavesByAccident",
     "TestL11ProgramOrder",
     "TestL12TorchIsTorch",
+    "TestL13AcrossWorkers",
     "TestL13Autograd",
     "TestL14FarpointLeavesTorchAlone",
+    "TestModules",
 ]

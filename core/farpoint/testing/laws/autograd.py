@@ -1,4 +1,4 @@
-"""L13: autograd is torch's. What of it works today: everything but differentiable `send`, `move` and `get`, and forward mode."""
+"""L13: autograd is torch's, also where a graph crosses workers."""
 
 from __future__ import annotations
 
@@ -218,3 +218,88 @@ def _changed_in_between(x: Any) -> None:
     loss = (y * y).sum()
     y.add_(1)
     loss.backward()
+
+
+class TestL13AcrossWorkers(Law):
+    """L13: what changes hands stays in its graph."""
+
+    def test_a_graph_that_goes_around(self, network: Network) -> None:
+        x, y = weights(), weights()
+        (((y * 2).sin() * y).exp() + y).pow(2).sum().backward()
+        p = x.send(network.bob, requires_grad=True)
+        assert not p.is_leaf and p.requires_grad
+        here = (((p * 2).move(network.alice).sin().move(network.bob) * p).get().exp() + x).send(network.charlie, requires_grad=True)
+        here.pow(2).get().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        del p, here
+        assert network.sizes() == [0, 0, 0]
+
+    @CHAINS
+    def test_get(self, network: Network, chain: str) -> None:
+        p = network.send(weights(), chain)
+        there = p * 3
+        for _ in chain:
+            there = there.get()
+        assert there.requires_grad and not there.is_leaf
+        (there * there).sum().backward()
+        torch.testing.assert_close(look(p.grad), 18 * weights().detach())
+
+    def test_a_copy_of_a_leaf(self, network: Network) -> None:
+        p = network.send(weights(), "b")
+        here: Any = p.get(keep=True)
+        (here * here).sum().backward()
+        torch.testing.assert_close(look(p.grad), 2 * weights().detach())
+        leaf = p.get()
+        assert leaf.is_leaf and leaf.requires_grad and torch.equal(leaf.grad, 2 * weights().detach())
+
+    def test_double_backward(self, network: Network) -> None:
+        x = weights()
+        p = x.send(network.bob, requires_grad=True)
+        y: Any = (p**2).move(network.alice) * 2
+        (first,) = torch.autograd.grad(y.get().pow(2).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first**2).sum(), x)
+        torch.testing.assert_close(first.detach(), 16 * x.detach() ** 3)
+        torch.testing.assert_close(second, 6 * 256 * x.detach() ** 5)
+
+    @pytest.mark.parametrize(
+        ("chain", "call"),
+        [
+            ("ab", lambda net, p: p.move(net.charlie)),
+            ("ab", lambda net, p: p.move(net.alice)),
+            ("ab", lambda net, p: p.remote_get()),
+            ("ab", lambda net, p: p.remote_send(net.charlie)),
+            ("b", lambda net, p: p.remote_send(net.alice)),
+            ("b", lambda net, p: p.remote_get()),
+            ("cab", lambda net, p: p.move("me")),
+        ],
+    )
+    def test_every_way_and_back(self, network: Network, chain: str, call: Callable[[Network, Any], Any]) -> None:
+        p = network.send(weights(), chain)
+        sizes = network.sizes()
+        y = call(network, p * p) * 3
+        assert y.requires_grad and not y.is_leaf
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
+        torch.testing.assert_close(look(p.grad), 12 * weights().detach())
+        del y
+        assert network.sizes() == [2 * size for size in sizes]
+
+    def test_a_gradient_that_others_have_too(self, network: Network) -> None:
+        seen: list[Any] = []
+        x = weights()
+        p = x.send(network.bob, requires_grad=True)
+        p.register_hook(seen.append)
+        z: Any = p.move(network.alice)
+        z.register_hook(seen.append)
+        z.get().sum().backward()
+        assert [len(grad._route.workers) for grad in seen] == [1, 1] and torch.equal(x.grad, torch.ones(3, 4))
+        assert all(torch.equal(look(grad), torch.ones(3, 4)) for grad in seen)
+
+    def test_what_is_sent_anew_is_a_leaf(self, network: Network) -> None:
+        x = weights()
+        for p in ((x * 2).send(network.bob), x.send(network.bob)):
+            assert p.is_leaf and p.requires_grad
+            (p * p).sum().backward()
+            assert p.grad is not None and x.grad is None
+        with torch.no_grad():
+            assert x.send(network.bob, requires_grad=True).is_leaf

@@ -87,7 +87,10 @@ class TestL14FarpointLeavesTorchAlone(Law):
 
     def test_the_hook_only_adds_methods(self) -> None:
         seen = _seen()
-        assert seen["hook adds"] == [f"Tensor.{name}" for name in ("describe", "get", "move", "send", "tag")]
+        assert seen["hook adds"] == [
+            *(f"Module.{name}" for name in ("copy", "get", "move", "send")),
+            *(f"Tensor.{name}" for name in ("describe", "get", "move", "send", "tag")),
+        ]
         assert seen["hook changes"] == [] and seen["again"] == []
 
     def test_local_tensors_are_as_they_were(self) -> None:
