@@ -228,7 +228,7 @@ class TestDenial:
         p = data().send(net.bob)
         net.bob.manual_seed(1)
         expected = home(torch.rand_like(p))
-        net.bob.manual_seed(1)
+        net.bob.manual_seed(1).synchronize()
         net.refuse("seed")
         net.bob.manual_seed(2)
         with pytest.raises(PermissionDeniedError) as caught:
