@@ -36,6 +36,7 @@ COMMANDS: Final[list[list[Any]]] = [
     [Kind.LIST, 0],
     [Kind.LOCATE, 6],
     [Kind.READ, 6, 0, 1024],
+    [Kind.SEED, 2**63],
 ]
 """What a client says."""
 

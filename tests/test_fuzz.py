@@ -105,6 +105,7 @@ def work(bob: RemoteWorker, alice: RemoteWorker) -> None:
     y[0].mul_(2)
     torch.cat([x, x * 2j.real]).t()
     x.nonzero()
+    bob.manual_seed(3)
     bob.peer.request([int(Kind.DESCRIBE), [x.id_at_location]])
     bob.peer.request([int(Kind.READ), x.id_at_location, 0, 4])
     torch.unique(x, return_inverse=True)

@@ -308,16 +308,18 @@ class TestTorchIsTorch:
     def test_chance_is_the_sessions_own(self, bob: Place) -> None:
         here = torch.get_rng_state()
 
-        def draw() -> list[Any]:
+        def draw(*first: list[Any]) -> list[Any]:
             client = stocked(RawClient(bob.worker.url))
-            client.say([int(Kind.DEFINE), 1, "aten::rand_like.default", [["t"]], {}])
+            client.say(*first, [int(Kind.DEFINE), 1, "aten::rand_like.default", [["t"]], {}])
             client.say([int(Kind.RUN), 1, [1], [7]], [int(Kind.RUN), 1, [1], [8]])
             drawn = [client.ask([int(Kind.FETCH), number])[1].tolist() for number in (7, 8)]
             client.close()
             return drawn
 
-        first, second = draw(), draw()
+        seed = [int(Kind.SEED), 3]
+        first, second, third, fourth = draw(seed), draw(seed), draw(), draw()
         assert first == second and first[0] != first[1]
+        assert len({str(drawn) for drawn in (first, third, fourth)}) == 3
         assert torch.equal(torch.get_rng_state(), here)
 
 
@@ -526,6 +528,11 @@ def _answer(**changes: Any) -> list[Any]:
     return ["done", [8], [list({**described, **changes}.values())], [], []]
 
 
+def _drawn(missing: int) -> tuple[Any, bytes]:
+    """Return the good answer of an operation that draws, but for some bytes of its generator's state, which is nonsense."""
+    return ["done", [8], [[1, "float32", [2], [1], 0, False, False]], [], []], GOOD[1] + b"\xff" * (5056 - missing)
+
+
 _LIES: dict[str, tuple[Any, bytes]] = {
     "a size beyond the storage": (_answer(shape=[3]), b"x" * 8),
     "a stride beyond the storage": (_answer(strides=[2]), b"x" * 8),
@@ -728,6 +735,21 @@ class TestExecutorsThatLie:
         assert open_files() == before
         client.say([int(Kind.RUN), 0, [1, 2], [4]])
         assert client.ask([int(Kind.FETCH), 4])[1].tolist() == [2.0, 2.0]
+
+    @pytest.mark.parametrize(("missing", "kind"), [(0, None), (1, "ExecutorCrashedError"), (5056, "ExecutorCrashedError")])
+    def test_the_state_of_a_generator(
+        self, bob: Place, client: RawClient, monkeypatch: pytest.MonkeyPatch, missing: int, kind: str | None
+    ) -> None:
+        self.pose(monkeypatch, _say(*_drawn(missing)))
+        client.say([int(Kind.DEFINE), 1, "aten::rand_like.default", [["t"]], {}])
+        (number,) = client.say([int(Kind.RUN), 1, [1], [3]])
+        assert client.answers.get(number, [0, {"kind": None}])[1]["kind"] == kind
+        monkeypatch.undo()
+        (number,) = client.say([int(Kind.RUN), 1, [1], [4]])
+        if kind is not None:  # what was kept is that from before
+            assert client.ask([int(Kind.FETCH), 4])[1].numel() == 2
+        else:  # whoever has made its own state up gets what torch makes of it
+            assert client.answers[number][1]["kind"] in ("RemoteExecutionError", "ExecutorCrashedError")
 
     def test_words_of_a_failure_are_not_its_own(self, bob: Place, client: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
         evidence = {"worker": "root", "operation": "rm", "error": "Error", "text": "t" * 9999, "line": "x.py:1", "remote_traceback": "x"}

@@ -224,6 +224,18 @@ class TestDenial:
         self.check(caught, net.bob, "clear")
         assert net.sizes() == [1, 0] and torch.equal(p.get(), data())
 
+    def test_seed(self, net: Net) -> None:
+        p = data().send(net.bob)
+        net.bob.manual_seed(1)
+        expected = home(torch.rand_like(p))
+        net.bob.manual_seed(1).synchronize()
+        net.refuse("seed")
+        net.bob.manual_seed(2)
+        with pytest.raises(PermissionDeniedError) as caught:
+            p.get(keep=True)
+        self.check(caught, net.bob, "seed")
+        assert torch.equal(home(torch.rand_like(p)), expected)
+
     def test_send(self, net: Net) -> None:
         net.refuse("put")
         p = data().send(net.bob)
@@ -316,7 +328,7 @@ class TestQuestions:
         x = home((found + 1).move(net.alice).remote_send(net.bob).remote_get())
         torch.nonzero(pp)
         pp.clone().move(net.alice)
-        net.bob.synchronize()
+        net.bob.manual_seed(1).synchronize()
         net.bob.clear_objects()
         assert torch.equal(x, data() + 1)
         asked = {action for action, *_ in policy.asked}

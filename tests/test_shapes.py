@@ -45,6 +45,7 @@ def samples() -> dict[int, list[Any]]:
         Kind.DESCRIBE: [Kind.DESCRIBE, [1]],
         Kind.TRANSFER: [Kind.TRANSFER, "Commit", [7], None],
         Kind.LIST: [Kind.LIST, 0],
+        Kind.SEED: [Kind.SEED, 2**64 - 1],
         Kind.READ: [Kind.READ, 1, 0, 4],
         Kind.LOCATE: [Kind.LOCATE, 1],
     }
@@ -72,7 +73,7 @@ class TestShapes:
     def test_every_command_has_one(self, bob: Worker) -> None:
         in_either_direction = {Kind.CHUNK, Kind.WHOLE}
         assert set(COMMANDS) == set(bob._commands) == {kind for kind in Kind if kind < Kind.ANSWER} - in_either_direction
-        unanswered = {Kind.DEFINE, Kind.RUN, Kind.PUT, Kind.RELEASE, Kind.TAG, Kind.TRANSFER}
+        unanswered = {Kind.DEFINE, Kind.RUN, Kind.PUT, Kind.RELEASE, Kind.TAG, Kind.TRANSFER, Kind.SEED}
         assert set(ANSWERS) | {Kind.FETCH} == set(COMMANDS) - unanswered
 
     def test_every_field_is_documented(self) -> None:

@@ -1,5 +1,6 @@
 """Compute on PyTorch tensors that live on other machines, through pointers that are tensors."""
 
+from farpoint import data
 from farpoint.about import __version__ as __version__
 from farpoint.blocking import blocking
 from farpoint.cluster import LocalCluster, local_cluster
@@ -41,11 +42,12 @@ from farpoint.errors import (
     WorkerNotFoundError,
     WorkerRestartedError,
 )
+from farpoint.factories import on
 from farpoint.handover import get, move, send
 from farpoint.hook import TorchHook
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
-from farpoint.remote import RemoteWorker, VirtualWorker, me
+from farpoint.remote import RemoteWorker, VirtualWorker, manual_seed, me
 from farpoint.scalars import allow_scalars
 
 __all__ = [
@@ -93,10 +95,13 @@ __all__ = [
     "allow_scalars",
     "blocking",
     "connect",
+    "data",
     "get",
     "local_cluster",
+    "manual_seed",
     "me",
     "move",
+    "on",
     "progress",
     "send",
 ]

@@ -203,6 +203,12 @@ class Channel:
 
     def flush(self) -> None:
         """Send what is waiting, if there is a link now."""
+        # A worker in this process may carry it out before this returns. Where the user wants new tensors to be, by
+        # `torch.device` or `farpoint.on`, is not about those that it makes, nor about ours.
+        with torch._C.DisableTorchFunction():
+            self._flush()
+
+    def _flush(self) -> None:
         with self.lock:
             lane = self.lane
             if self.lost is not None or lane is None:

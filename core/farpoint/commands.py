@@ -19,6 +19,7 @@ from farpoint.errors import (
 )
 from farpoint.executor import leaves
 from farpoint.failures import describe_failure
+from farpoint.forecast import forecast
 from farpoint.listing import list_store
 from farpoint.names import check_description, check_note, check_query, check_tags, words_of
 from farpoint.plugins import plugins
@@ -70,6 +71,7 @@ class Commands:
             int(Kind.LIST): self._list,
             int(Kind.LOCATE): self._locate,
             int(Kind.READ): self._read,
+            int(Kind.SEED): self._seed,
         }
 
     def _define(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -119,6 +121,8 @@ class Commands:
         for hole in template.numbers:
             if not is_number(values[hole]):
                 raise MalformedMessageError("RUN", f"values[{hole}]", "a number", brief(values[hole]))
+        if not template.tensors:
+            self._admit_new(guest, template, values)
         if plugins.has_policy:
             about = given[0] if given and type(given[0]) is int else 0
             self._worker.authorize(guest, template.operation.name, about)
@@ -143,6 +147,12 @@ class Commands:
         for object_id, value in zip(results, outputs, strict=False):
             if object_id and isinstance(value, torch.Tensor):
                 self._worker.add(guest.holder, object_id, value)
+
+    def _admit_new(self, guest: Guest, template: Template, values: list[Any]) -> None:
+        """Check that somebody may have a tensor made of nothing, and that there is room for it before it is made."""
+        if guest.introduced:
+            self._worker.doorman.check_kind(Kind.PUT)  # it is one, without the values
+        guest.quota.check(forecast(template, values), 0)
 
     def _pass_on(
         self, guest: Guest, number: int, template: Template, values: list[Any], results: list[int], given: list[Any]
@@ -359,6 +369,10 @@ class Commands:
         self._worker.free(every)
         self._worker.holders.forget(every)
         guest.answer(number, True)
+
+    def _seed(self, guest: Guest, number: int, message: list[Any]) -> None:
+        self._worker.authorize(guest, "seed")
+        guest.executor.seed(message[1])
 
     def _sync(self, guest: Guest, number: int, message: list[Any]) -> None:
         visited, further = [*message[1], self._worker.id], message[2]

@@ -21,7 +21,7 @@ from farpoint.errors import (
     TransportError,
     WorkerLostError,
 )
-from farpoint.executor import IN_PROCESS, Executor
+from farpoint.executor import Executor
 from farpoint.failures import describe_failure
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
@@ -202,7 +202,7 @@ class Guest:
         self.away = False
         self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
         isolation = worker.isolation
-        self.executor: Executor = isolation.executor(self) if isolation is not None else IN_PROCESS
+        self.executor: Executor = isolation.executor(self) if isolation is not None else worker.in_process
         self.at_once = False
         self._onward: dict[Peer, deque[int]] = {}
         self._timer: threading.Timer | None = None

@@ -369,10 +369,18 @@ def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return dispatch(operator, args, named)
 
 
-def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Issue one aten operation whose operands are pointers, and return pointers to its results."""
+def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: Route | None = None) -> Any:
+    """Issue one aten operation whose operands are pointers, and return pointers to its results.
+
+    Args:
+        func: The overload.
+        args: Its positional arguments.
+        kwargs: Its arguments by name.
+        place: Where it runs if it has no operands; a pointer among them then must lead there.
+    """
     layout = layout_of(func)
     operands = _Operands(func, layout)
+    operands.route = place
     run_time = layout.run_time
     for position, value in enumerate(args):
         operands.take(value, position in run_time)
@@ -389,15 +397,15 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     peer = route.peer
     route.order()
     # Three frames need not be looked at: this one, __torch_dispatch__ and the function itself.
-    place = caller(3)
+    origin = caller(3)
     if signature.only is not None:
         result = peer.references.new_id()
-        peer.run(signature.template, operands.values, [result], place, signature.nbytes)
+        peer.run(signature.template, operands.values, [result], origin, signature.nbytes)
         return PointerTensor.wrap(route, Reference(peer, result), signature.only)
     if signature.outputs is None:
         return _ask(func, route, signature, operands)
     results = [peer.references.new_id() if type(output) is TensorSpec else 0 for output in signature.outputs]
-    peer.run(signature.template, operands.values, results, place, signature.nbytes)
+    peer.run(signature.template, operands.values, results, origin, signature.nbytes)
     if signature.changed:
         for position, spec in signature.changed:
             tensors[position]._spec = spec

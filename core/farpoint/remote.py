@@ -10,15 +10,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from farpoint.channel import disown_channels
 from farpoint.errors import FarpointError, UnseenErrorWarning, WorkerLostError, WorkerNotFoundError
+from farpoint.generator import check_seed
 from farpoint.limits import DEFAULT_LIMITS
 from farpoint.listing import fetch_listing
 from farpoint.names import check_worker_id
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import caller, locate, spell
-from farpoint.route import forget_all_routes, forget_routes
+from farpoint.route import forget_all_routes, forget_routes, route_of
 from farpoint.worker import Worker
 
 if TYPE_CHECKING:
@@ -233,6 +236,25 @@ class RemoteWorker:
         self.peer.request([int(Kind.CLEAR)])
         return self
 
+    def manual_seed(self, seed: int) -> Self:
+        """Begin the random numbers of the worker anew, and return the worker.
+
+        What follows in the program draws on a CPU bit for bit what local torch draws after `torch.manual_seed(seed)`. A worker has
+        one generator, which all of its clients draw from and may seed; one that isolates its sessions has one for each of them,
+        and this is about that of this session. Nothing waits: a worker whose policy refuses says so as for any operation.
+
+        Args:
+            seed: An int from -2**63 to 2**64 - 1, as torch takes it.
+
+        Raises:
+            ValueError: It is none.
+            WorkerLostError: The session is over.
+        """
+        message = [int(Kind.SEED), check_seed(seed)]
+        route_of(self.peer).order()
+        self.peer.tell(message, caller())
+        return self
+
     def close(self) -> None:
         """End the session. Pointers to the worker are lost. The second call does nothing.
 
@@ -275,6 +297,25 @@ def settle_all() -> None:
             except WorkerLostError:
                 if handle.peer.channel.lost is None:
                     raise  # somebody further down a chain
+
+
+def manual_seed(seed: int) -> torch.Generator:
+    """Seed torch here as `torch.manual_seed` does, and every worker that is connected, and return torch's generator.
+
+    All get the same seed. That is every worker that this process has a handle of and that is not lost, in the order in which the
+    handles were made: not one that is connected later, nor one that only other workers reach.
+
+    Args:
+        seed: An int from -2**63 to 2**64 - 1.
+
+    Raises:
+        ValueError: It is none; then nothing was seeded.
+    """
+    generator = torch.manual_seed(check_seed(seed))
+    for handle in handles():
+        if handle.peer.channel.lost is None:
+            handle.manual_seed(seed)
+    return generator
 
 
 def _settle_twice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
@@ -13,18 +14,30 @@ _INCLUDED: Final = torch._C._dispatch_tls_local_include_set()
 _EXCLUDED: Final = torch._C._dispatch_tls_local_exclude_set()
 
 
+_switch = threading.Lock()
+_users = 0
+_before = True
+
+
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Let torch take kernels of its own. For all threads: torch has one switch.
+    """Let torch take kernels of its own. For all threads: torch has one switch, which the last to leave puts back.
 
     `torch.backends.mkldnn.flags` would write other settings as well, and warn of one.
     """
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
+    global _users, _before  # noqa: PLW0603  # as the switch is
+    with _switch:
+        if not _users:
+            _before = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(False)
+        _users += 1
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(before)
+        with _switch:
+            _users -= 1
+            if not _users:
+                torch._C._set_mkldnn_enabled(_before)
 
 
 @contextmanager

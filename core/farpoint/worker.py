@@ -25,6 +25,7 @@ from farpoint.errors import (
     TransportError,
     WorkerNotFoundError,
 )
+from farpoint.executor import InProcess
 from farpoint.failures import describe_failure
 from farpoint.guest import Doorstep, Guest
 from farpoint.isolation import isolation_of
@@ -101,6 +102,7 @@ class Worker:
         self._sought: set[str] = set()
         self._serving = threading.local()
         self._closed = threading.Event()
+        self.in_process = InProcess()
         self.isolation = isolation_of(self) if isolate else None
         self._commands = Commands(self).table()
         self._inline = bool(url) and plugins.transport(url).inline

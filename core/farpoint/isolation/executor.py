@@ -14,6 +14,7 @@ import torch
 
 from farpoint.errors import DecodeError, ExecutorCrashedError, OperationTimeoutError, QuotaError
 from farpoint.failures import read_failure
+from farpoint.generator import new_generator
 from farpoint.isolation.memory import (
     build,
     content,
@@ -54,6 +55,7 @@ class _Loan:
         results: What it returned.
         changed: Storages that it has written to, and what they hold now: of those that travel by value.
         moved: Operands that have another geometry, and which.
+        state: That of the random generator, after an operation that has drawn from it.
     """
 
     storages: list[torch.UntypedStorage] = attrs.field(factory=list)
@@ -61,10 +63,14 @@ class _Loan:
     results: list[torch.Tensor | None] = attrs.field(factory=list)
     changed: list[tuple[torch.UntypedStorage, memoryview]] = attrs.field(factory=list)
     moved: list[tuple[torch.Tensor, torch.Tensor]] = attrs.field(factory=list)
+    state: bytes = b""
 
 
 class IsolatedExecutor:
     """Runs the operations of one session in a process of its own, forked when the first one comes.
+
+    The state of its random generator is kept here, as bytes that nothing here looks into, and goes to the process and back with
+    each operation that draws. So the process may end at any time, and one that lies about it spoils the numbers of its own session.
 
     Args:
         worker: Whose objects they are about.
@@ -77,6 +83,7 @@ class IsolatedExecutor:
         self._lock = threading.Lock()
         self._process: Process | None = None
         self._closed = False
+        self._state = _bytes_of(new_generator())
 
     def execute(self, template: Template, values: list[Any]) -> Any:
         """Return what the operation returns: a tensor, or a list of what it consists of.
@@ -112,7 +119,12 @@ class IsolatedExecutor:
             content(storage)[:] = data
         for operand, now in loan.moved:
             operand.set_(operand.untyped_storage(), now.storage_offset(), now.shape, now.stride())
+        self._state = loan.state or self._state
         return loan.results[0] if len(loan.results) == 1 else loan.results
+
+    def seed(self, seed: int) -> None:
+        """Let the next random numbers of this session be those that follow a seed. Other sessions have generators of their own."""
+        self._state = _bytes_of(torch.Generator().manual_seed(seed))
 
     def close(self) -> None:
         """End the executor, also under a thread that waits for it."""
@@ -131,6 +143,8 @@ class IsolatedExecutor:
         limits = self._worker.limits
         files = [file_of(storage) for storage, size in zip(loan.storages, loan.sizes, strict=True) if size is None]
         lent = [content(storage) for storage, size in zip(loan.storages, loan.sizes, strict=True) if size]
+        if template.operation.random:
+            lent.append(memoryview(self._state))
         process = self._start(template)
         try:
             with process.busy:
@@ -230,6 +244,8 @@ class IsolatedExecutor:
             if not same or (now.dtype, now.is_conj(), now.is_neg()) != (operand.dtype, operand.is_conj(), operand.is_neg()):
                 raise DecodeError("it has made another tensor of an operand")
             loan.moved.append((operand, now))
+        if template.operation.random:
+            loan.state = bytes(take(len(self._state)))
 
     def _adopt(self, queue: list[int], descriptors: list[int]) -> torch.UntypedStorage:
         """Return the storage of the next file, which stays shared if there is room for that."""
@@ -287,6 +303,10 @@ class Isolation:
             for guest in list(self._worker.guests.values()):
                 guest.executor.close()
             zygote.leave()
+
+
+def _bytes_of(generator: torch.Generator) -> bytes:
+    return bytes(content(generator.get_state().untyped_storage()))
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def _carry_out(
     Args:
         header: `[template, values, sizes]`, with a size for each storage that comes by value, and None for one in a file.
         descriptors: The files.
-        data: The storages by value, one after the other.
+        data: The storages by value, one after the other; then the state of the generator, if the operation draws from one.
         files: Where new files are put, for whoever closes them.
     """
     wire, values, sizes = header
@@ -165,7 +165,10 @@ def _carry_out(
     operands = [(hole, values[hole]) for hole in template.tensors]
     known = {storage._cdata: index for index, storage in enumerate(storages)}
     geometry = [_geometry(tensor) for _, tensor in operands]
-    returned = leaves(execute(template, values))
+    generator = torch.Generator()
+    if template.operation.random:
+        generator.set_state(torch.frombuffer(bytearray(data[begin:]), dtype=torch.uint8))
+    returned = leaves(execute(template, values, generator))
     fresh: list[int | None] = []
     blobs: list[Any] = []
     results: list[Any] = []
@@ -192,6 +195,8 @@ def _carry_out(
     for (hole, tensor), before in zip(operands, geometry, strict=True):
         if _geometry(tensor) != before:
             moved.append([hole, describe(tensor, known[tensor.untyped_storage()._cdata])])
+    if template.operation.random:
+        blobs.append(content(generator.get_state().untyped_storage()))
     return ["done", fresh, results, changed, moved], files, blobs
 
 

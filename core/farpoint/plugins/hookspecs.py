@@ -30,6 +30,7 @@ ACTIONS: Final = {
     "list": "list every object, without values",
     "tag": "write tags or a description on an object",
     "clear": "drop every object",
+    "seed": "begin the worker's random numbers anew, from a seed that the asking worker knows",
     "dial": "dial a worker that a client has introduced, and that this one has no session with",
 }
 """What `farpoint_authorize` is asked about besides operators, which are asked about by their names.

@@ -49,6 +49,8 @@ class Kind(IntEnum):
 
     READ = 18
     """`id, offset, length`: answered with bytes of a tensor, as they would travel."""
+    SEED = 19
+    """`seed`: begin the worker's random numbers anew."""
     CHUNK = 32
     """`stream, about, offset, total, bytes`: a part of a tensor, in either direction: `farpoint.bulk`."""
     WHOLE = 33

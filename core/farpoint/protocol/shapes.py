@@ -239,6 +239,7 @@ COMMANDS: Final[Mapping[int, Shape]] = {
         },
         Kind.LIST: {"after": _ID_OR_NONE},
         Kind.LOCATE: {"id": ID},
+        Kind.SEED: {"seed": integer(0, 2**64 - 1)},
         Kind.READ: {"id": ID, "offset": integer(0, MAX_ID - 1), "length": integer(1, _MOST_READ)},
     }.items()
 }
