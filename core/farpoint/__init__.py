@@ -1,6 +1,7 @@
 """Compute on PyTorch tensors that live on other machines, through pointers that are tensors."""
 
 from farpoint.about import __version__ as __version__
+from farpoint.aggregate import average, gather
 from farpoint.blocking import blocking
 from farpoint.cluster import LocalCluster, local_cluster
 from farpoint.connection import aconnect, connect
@@ -41,8 +42,9 @@ from farpoint.errors import (
     WorkerNotFoundError,
     WorkerRestartedError,
 )
-from farpoint.handover import get, move, send
+from farpoint.handover import get, move
 from farpoint.hook import TorchHook
+from farpoint.multi import MultiPointer, send
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, me
@@ -61,6 +63,7 @@ __all__ = [
     "LimitError",
     "LocalCluster",
     "MalformedMessageError",
+    "MultiPointer",
     "NobodyListensError",
     "NotAdmittedError",
     "NotColocatedError",
@@ -91,8 +94,10 @@ __all__ = [
     "WorkerRestartedError",
     "aconnect",
     "allow_scalars",
+    "average",
     "blocking",
     "connect",
+    "gather",
     "get",
     "local_cluster",
     "me",
