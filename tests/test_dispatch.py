@@ -78,14 +78,13 @@ def test_tensors_by_name_stay_in_their_places(bob: VirtualWorker) -> None:
 
 
 def test_torch_that_wants_to_read_elements_is_answered_by_us(bob: VirtualWorker) -> None:
-    p = farpoint.send(torch.arange(6.0), bob)
+    p = farpoint.send(torch.arange(6.0), bob, requires_grad=True)  # without, the worker does all of it
     index = farpoint.send(torch.tensor([1, 2]), bob)
     one = farpoint.send(torch.tensor(1), bob)
     attempts: list[Callable[[], Any]] = [
         lambda: torch.tensor_split(p, index),
         lambda: p.narrow(0, one, 2),
         lambda: torch.cov(p, aweights=p),
-        lambda: torch.nn.functional.gaussian_nll_loss(p, p, p),
     ]
     for attempt in attempts:
         with pytest.raises(ValueNotHereError, match=r"p\.get\(keep=True\)"):
@@ -222,12 +221,10 @@ def test_a_worker_that_is_gone_keeps_nobodys_pointers(bob: VirtualWorker) -> Non
     assert len(bob._objects) == 0
 
 
-def test_a_moved_result_is_no_leaf_that_hides_its_past(bob: VirtualWorker) -> None:
+def test_a_moved_result_keeps_its_past(bob: VirtualWorker) -> None:
     other = VirtualWorker(id="dispatch-other")
     p: Any = farpoint.send(torch.ones(2, requires_grad=True), bob)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        (p * 2).move(other).sum().backward()
-    (p * 2).sum().backward()
+    (p * 2).move(other).sum().backward()
     assert p.grad.get().tolist() == [2, 2]
     assert p.get().grad is None
     other.close()

@@ -44,7 +44,7 @@ FORBIDDEN = (
     r"nested|mkldnn|cudnn|miopen|xnnpack|vulkan",
     r"^quantize|^dequantize|^quantized|affine_quantized|qscheme|^q_",
     r"record_stream|pin_memory",
-    r"^_print|^_assert|^_functional_assert|^sym_",
+    r"^_print|^_assert(?!_async\.msg$)|^_functional_assert|^sym_",
     r"^data\.|^set_data|^_version|^requires_grad|^retain_grad|^_backward",
     r"make_dual|unpack_dual|_fw_primal",
     r"batch_dim|^_wrap_|^_unwrap_|^_test_|^_to_functional",
@@ -199,7 +199,12 @@ class TestTable:
         text = Path(arguments_module.__file__).with_name("aten.txt").read_text()
         lines = [line for line in text.splitlines() if not line.startswith("#")]
         assert lines == sorted(set(lines))
-        assert all(re.fullmatch(r"aten::\w+\.\w+", line) for line in lines)
+        assert all(re.fullmatch(r"(aten|torch_nn)::\w+\.\w+", line) for line in lines)
+        # What torch registers in Python, for a function of its own.
+        assert [line for line in lines if not line.startswith("aten::")] == [
+            "torch_nn::_linear_cross_entropy_batch_chunked.default",
+            "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction.default",
+        ]
 
     def test_what_is_known_is_not_described_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from farpoint.operations import table
@@ -704,6 +709,12 @@ RULES: list[tuple[str, tuple[Any, ...], dict[int, list[Any]]]] = [
     ("lcm.default", (ints(4, 6), ints(2)), {0: [ints(-(2**63))], 1: [ints(-(2**63))]}),
     ("split.Tensor", (ones(1024), 1), {0: [ones(1025)]}),
     ("unbind.int", (ones(2, 1025),), {0: [ones(1025, 2)]}),
+    ("segment_reduce.default", (ones(6), "sum", ints(2, 4), None, None, 0, False),
+     {0: [ones()], 2: [ints(2, 5), ints(2, 3), ints(-1, 7), ints(2), ones(2), None, ints(2, 4).view(1, 2)], 3: [ints(0)], 4: [ints(0, 6)], 5: [1, -1], 6: [True]}),
+    ("segment_reduce.default", (ones(2, 6), "sum", None, None, ints(0, 2, 6, 0, 3, 3).view(2, 3), 1, False),
+     {4: [ints(0, 2, 7, 0, 3, 3).view(2, 3), ints(0, 2, 1, 0, 3, 3).view(2, 3), ints(-1, 2, 6, 0, 3, 3).view(2, 3), ints(0, 2, 6), ints().view(2, 0)]}),
+    ("_segment_reduce_backward.default", (ones(2, 3), ones(2, 3), ones(6, 3), "sum", ints(2, 4), None, 0),
+     {0: [ones(1, 3), ones(2, 3, dtype=torch.float64)], 1: [ones(2), ones(2, 2)], 4: [ints(2, 5), ints(1, 2, 3)]}),
 ]  # fmt: skip
 
 

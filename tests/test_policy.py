@@ -26,6 +26,7 @@ from farpoint.errors import (
 from farpoint.listing import fetch_listing
 from farpoint.plugins import PluginManager, hookimpl, plugins
 from farpoint.plugins.hookspecs import ACTIONS
+from farpoint.testing.transport import eventually
 from farpoint.worker import Worker
 
 farpoint.TorchHook(torch)
@@ -189,6 +190,7 @@ class TestDenial:
             p.move(alice)
         assert ("dial", "me", there.url, here.id) in policy.asked and ("dial", here.id, here.url, there.id) in policy.asked
         assert not there.peers and (len(bob), len(alice)) == (1, 0)
+        eventually(lambda: not here.movers._states.open_peers())  # nobody asks again for ever
         net.lift()
         assert torch.equal(home(p.move(alice)), data())
         for end in (bob, alice, here, there):

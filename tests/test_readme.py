@@ -52,11 +52,12 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("tensor([2, 4, 6, 8])\n")
 
 
-def test_the_examples_in_the_docs_run() -> None:
-    page = (ROOT / "docs" / "workers.md").read_text()
+@pytest.mark.parametrize("name", ["workers.md", "training.md"])
+def test_the_examples_in_the_docs_run(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text()
     namespace = {"__name__": "example"}
     for example in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
-        exec(compile(example, "workers.md", "exec"), namespace)  # noqa: S102 (it is our own text)
+        exec(compile(example, name, "exec"), namespace)  # noqa: S102 (it is our own text)
 
 
 def test_the_protocol_page_lists_every_message() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 import trustme
@@ -29,6 +31,7 @@ from farpoint.serializer import Frame
 from farpoint.testing.transport import PATIENCE, Recorder, TransportContract, eventually, join
 from farpoint.transport import Accept, Link, Listener, Receiver, Transport
 from farpoint_websocket import outbox, window
+from farpoint_websocket.exchange import Exchange
 from farpoint_websocket.link import WebsocketLink
 from farpoint_websocket.pulse import Pulse
 from farpoint_websocket.transport import WebsocketTransport
@@ -635,3 +638,15 @@ def test_an_exit_neither_hangs_nor_complains_nor_loses() -> None:
     eventually(lambda: far.losses)
     assert far.messages == [[b"last"], [b"the very last"]] and far.losses == [None]
     listener.close()
+
+
+def test_a_connection_that_is_gone_at_once_leaves_no_coroutine() -> None:
+    connection = Mock()
+    connection.wait_closed = AsyncMock()
+
+    async def live() -> None:
+        await Exchange("ws://nowhere", connection, Mock(), Mock(), Limits()).run()
+
+    asyncio.run(live())
+    gc.collect()  # what was never awaited would say so, and that is an error
+    assert connection.transport.abort.called

@@ -176,7 +176,7 @@ class Answers:
         owner = self._peer.owner
         origin = next((place for number, place in reversed(self.issued) if number == about), NOWHERE)
         if origin[0] == LOCAL:  # it was said about a move
-            owner.movers.unheard(self._peer, origin[1], failure["text"])
+            owner.movers.unheard(self._peer, origin[1], failure["text"], forbidden=failure["kind"] == "PermissionDeniedError")
             return
         if isinstance(origin[0], int):  # it was passed on: whoever issued it is told instead
             guest = owner.guests.get(origin[0])

@@ -28,6 +28,7 @@ from farpoint.limits import Limits
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.serializer import Frame, Serializer
+from farpoint.surroundings import plain
 from farpoint.transport import Link
 
 BATCH = 128
@@ -261,7 +262,8 @@ class Channel:
     def received(self, lane: Lane, frames: Sequence[Frame]) -> None:
         """Take a packet from a link. A peer that breaks the protocol costs itself the link, and nobody else anything."""
         if self.inline:
-            self._receive(frames)
+            with plain():
+                self._receive(frames)
             return
         # What an earlier link has brought is carried out first, and what it brings later is sent again over this one.
         with self._turn:

@@ -123,7 +123,7 @@ class Commands:
             about = given[0] if given and type(given[0]) is int else 0
             self._worker.authorize(guest, template.operation.name, about)
         if remote:
-            self._pass_on(guest, number, template, values, results)
+            self._pass_on(guest, number, template, values, results, given)
             return
         # Stored tensors require no grad: the tape is the client's.
         returned = guest.executor.execute(template, values)
@@ -145,7 +145,7 @@ class Commands:
                 self._worker.add(guest.holder, object_id, value)
 
     def _pass_on(
-        self, guest: Guest, number: int, template: Template, values: list[Any], results: list[int]
+        self, guest: Guest, number: int, template: Template, values: list[Any], results: list[int], given: list[Any]
     ) -> None:
         peer: Peer | None = None
         onward = values.copy()
@@ -160,8 +160,9 @@ class Commands:
                     )
                 onward[position] = value.reference.id
         assert peer is not None
-        for value in values:
-            if isinstance(value, torch.Tensor) and value.ndim:
+        for value, sent in zip(values, given, strict=True):
+            # What came with the command, a constant of a formula of torch's, goes on with it.
+            if isinstance(value, torch.Tensor) and value.ndim and value is not sent:
                 raise NotColocatedError(
                     template.operation.name, f"on {peer.name}", f"on {self._worker.id}", f"p.remote_send({peer.name})"
                 )

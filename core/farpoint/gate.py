@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn
+import torch.optim
 
 from farpoint.errors import (
     FarpointError,
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     from farpoint.pointer import PointerTensor
     from farpoint.references import Reference
 
+_TORCH, _HERE = (str(Path(package).parent) + os.sep for package in (torch.__file__, __file__))
 _T: Any = torch.Tensor
 _REFUSED: dict[Any, str] = {
     function: name
@@ -54,7 +62,14 @@ _REFUSED: dict[Any, str] = {
         "p.pin_memory()": _T.pin_memory,
     }.items()
 }
-VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
+VALUES = frozenset(
+    {
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten._nested_tensor_from_mask_left_aligned.default,
+        torch.ops.aten.allclose.default,
+        torch.ops.aten.equal.default,
+    }
+)
 """Operators that return a value rather than tensors. No worker executes them."""
 _PLAIN = frozenset({int, float, bool, str, type(None), complex, torch.dtype, torch.Size, slice})
 _CONTAINERS = frozenset({list, tuple, dict})
@@ -97,11 +112,44 @@ def check(pointers: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: 
         return
     if func in _REFUSED:
         raise not_here(first, _REFUSED[func])
-    if local is not None:
+    if local is not None and not _is_torchs_own():
         workers = first._route.workers
         chain = "".join(f".send({worker})" for worker in reversed(workers))
         name = getattr(func, "__name__", str(func))
         raise NotColocatedError(name, f"on {workers[-1]}", "a local tensor", f"send it there with x{chain}")
+
+
+def _is_torchs_own() -> bool:
+    """Return whether a local tensor beside a pointer is one that torch's own Python has made, and not the user's.
+
+    It is if torch's Python makes the call, and was itself called with pointers alone: `nn.LSTM` makes its first state so. What is
+    torch's own is shipped along, as are the constants of formulas below dispatch.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back  # type: ignore[assignment]
+    entry = None
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        entry, frame = frame, frame.f_back  # type: ignore[assignment]
+    if entry is None:
+        return False
+    code = entry.f_code
+    named = code.co_argcount + code.co_kwonlyargcount
+    named += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    passed = [entry.f_locals.get(name) for name in code.co_varnames[:named]]
+    return not any(_holds_local(value) for value in passed)
+
+
+def _holds_local(value: Any) -> bool:
+    if isinstance(value, torch.nn.Module):
+        return any(map(_holds_local, itertools.chain(value.parameters(), value.buffers())))
+    if isinstance(value, torch.optim.Optimizer):
+        return _holds_local([value.param_groups, value.state])
+    if isinstance(value, Mapping):
+        return any(map(_holds_local, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(_holds_local, value))
+    return isinstance(value, torch.Tensor) and not hasattr(value, "_route") and value.ndim > 0
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[Any]:

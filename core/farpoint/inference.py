@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from farpoint.errors import OperationNotAllowedError, ProtocolError, ResizedOutputError
 from farpoint.operations import Hole, Operation, of
 from farpoint.spec import TensorSpec, spec_of
+from farpoint.surroundings import plain
 from farpoint.template import Template, encode_argument
 
 if TYPE_CHECKING:
@@ -54,12 +55,16 @@ class Signature:
         changed: Operands whose metadata the operation changes, with their new specs.
         only: The spec of the one new tensor, if that is all there is, as it is for almost every operation.
         nbytes: Bytes of the new tensors.
+        count: How many there are where the worker must be asked, None if that is not known either.
+        is_list: Whether they come as a list there.
     """
 
-    __slots__ = ("changed", "nbytes", "only", "outputs", "structure", "template")
+    __slots__ = ("changed", "count", "is_list", "nbytes", "only", "outputs", "structure", "template")
 
-    def __init__(self, template: Template) -> None:
+    def __init__(self, template: Template, count: int | None, is_list: bool) -> None:
         self.template = template
+        self.count = count
+        self.is_list = is_list
         self.outputs: list[Any] | None = None
         self.structure: Any = None
         self.changed: list[tuple[int, TensorSpec]] = []
@@ -105,7 +110,9 @@ def signature_of(
         specs: list[TensorSpec] = [t._spec if hasattr(t, "_spec") else spec_of(t) for t in tensors]
         holed = [_empty(a) for a in args]
         named = {name: _empty(a) for name, a in kwargs.items()}
-        found = _infer(layout, holed, named, specs)
+        # What is tried here draws from this process's generator, as many operations do that carry no tag which says so.
+        with plain(), torch.random.fork_rng(devices=()):
+            found = _infer(layout, holed, named, specs)
         if len(_signatures) >= MAX_SIGNATURES:
             del _signatures[next(iter(_signatures))]
         _signatures[key] = found
@@ -123,7 +130,10 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
     names = layout.run_time_names
     wire_args = [encode_argument(_hole(a, i in layout.run_time)) for i, a in enumerate(args)]
     wire_kwargs = {n: encode_argument(_hole(a, n in names)) for n, a in kwargs.items()}
-    signature = Signature(_template(operation, wire_args, wire_kwargs))
+    returns = operation.overload._schema.returns
+    is_list = any("List" in str(r.type) or "[]" in str(r.type) for r in returns)
+    count = _count(operation, args, kwargs, specs) if is_list else len(returns)
+    signature = Signature(_template(operation, wire_args, wire_kwargs), count, is_list)
     if operation.data_dependent and not _integer_index(operation, specs):
         _check(signature.template)
         return signature
@@ -139,6 +149,16 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         return signature
     # Every worker checks the same. Here it is on the line that caused it; but what torch itself refuses is told in its words.
     _check(signature.template)
+    if size + sum(t.nbytes for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)) <= _SMALL_BYTES and not operation.random:
+        # Inference does not know which dtypes the kernels take, and is wrong about some layouts; they say it themselves.
+        # Whatever else zeros provoke is about values, which are not the worker's.
+        try:
+            tensors, result = _run_on_zeros(operation, args, kwargs, specs)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            if _ABOUT_TYPES.search(str(error)):
+                raise
     flat, structure = pytree.tree_flatten(result)
     signature.structure = None if isinstance(result, torch.Tensor) or result is None else structure
     signature.outputs = []
@@ -150,16 +170,6 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         signature.outputs.append(spec_of(value) if same is None else same)
         if same is None:
             signature.nbytes += value.numel() * value.itemsize
-    if size + signature.nbytes <= _SMALL_BYTES and not operation.random:
-        # Inference does not know which dtypes the kernels take; they say it themselves. Whatever else zeros provoke is
-        # about values, which are not the worker's.
-        try:
-            _run_on_zeros(operation, args, kwargs, specs)
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            if _ABOUT_TYPES.search(str(error)):
-                raise
     if signature.structure is None and len(signature.outputs) == 1 and not operation.written_names:
         (only,) = signature.outputs
         signature.only = only if isinstance(only, TensorSpec) else None
@@ -169,6 +179,15 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
             position, wanted = signature.changed[0]
             raise ResizedOutputError(operation.name, str(list(specs[position].shape)), str(list(wanted.shape)))
     return signature
+
+
+def _count(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], specs: list[TensorSpec]) -> int | None:
+    """Return how many tensors are in a list whose shapes depend on data."""
+    if operation.name == "aten::_histogramdd_bin_edges.default":
+        return len(args[1] if len(args) > 1 else kwargs["bins"])
+    if operation.name == "aten::tensor_split.tensor_indices_or_sections" and len(specs[1].shape) == 1:
+        return specs[1].shape[0] + 1
+    return None
 
 
 def _check(template: Template) -> None:

@@ -236,9 +236,18 @@ class Movers:
             self._worker.dirty.add(peer)
         return True
 
-    def unheard(self, peer: Peer, transfer: int, reason: str) -> None:
-        """Learn that another worker could not take what it was told about a transfer. It is not moved then, or told again."""
+    def unheard(self, peer: Peer, transfer: int, reason: str, *, forbidden: bool) -> None:
+        """Learn that another worker could not take what it was told about a transfer. It is not moved then, or told again.
+
+        Args:
+            peer: The other worker.
+            transfer: Which.
+            reason: Why it could not.
+            forbidden: Whether that is so because it may not.
+        """
         with self._worker.lock:
+            if forbidden:
+                self._carry_out(self._states.forbidden(transfer))
             if transfer in self._ends:
                 self._carry_out(self._states.abort(transfer, f"{peer.name}: {reason}"))
             if peer.name in self._states.open_peers():

@@ -52,7 +52,9 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
         raise EncodeError(f"a tensor on {tensor.device} cannot travel; send tensor.cpu() instead")
     if tensor.dtype not in DTYPE_NAMES:
         raise EncodeError(f"a tensor of {tensor.dtype} cannot travel; convert it to one of {', '.join(DTYPES)}")
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # The stride of a dimension of size one is anything, and does not travel.
+    return plain.view(-1).view(plain.shape) if 1 in plain.shape else plain
 
 
 def payload(tensor: torch.Tensor) -> memoryview:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from websockets.frames import CloseCode
@@ -72,7 +73,7 @@ class Exchange:
         """Live until the connection is gone."""
         self._connection.use(self)
         try:
-            self._help(self._watch())
+            self._help(self._watch)
             await self._connection.wait_closed()
         finally:
             self._connection.transport.abort()
@@ -253,7 +254,7 @@ class Exchange:
         """Begin to end the connection."""
         if not self._leaving:
             self._leaving = True
-            self._help(self._hang_up(code, reason))
+            self._help(partial(self._hang_up, code, reason))
 
     async def _hang_up(self, code: int, reason: str) -> None:
         """End the connection, in good order where the peer plays along."""
@@ -264,12 +265,12 @@ class Exchange:
             pass
         self._connection.transport.abort()
 
-    def _help(self, coroutine: Coroutine[None, None, None]) -> None:
-        """Run a coroutine beside `run`, and give the link up if it fails."""
+    def _help(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Run a coroutine beside `run`, and give the link up if it fails. It is made here: the link may be gone before it begins."""
 
         async def guard() -> None:
             try:
-                await coroutine
+                await work()
             except ConnectionClosed:
                 pass  # `gone` learns it as well
             except Exception as error:

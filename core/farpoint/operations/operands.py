@@ -110,6 +110,7 @@ _RULES: Final[dict[str, tuple[Rule, ...]]] = {
     **dict.fromkeys(
         ["div.Tensor_mode", "div.out_mode", "div_.Tensor_mode", "lcm", "lcm_"], (of.smallest_integer,)
     ),
+    **dict.fromkeys(["segment_reduce", "_segment_reduce_backward"], (of.segments,)),
     "_adaptive_avg_pool2d_backward": (shapes("grad_output=*hw self=*YX"),),
     "_adaptive_avg_pool3d_backward": (shapes("grad_output=*dhw self=*ZYX"),),
     "_cdist_backward": (of.cdist_backward,),

@@ -336,3 +336,29 @@ def channels(call: Call) -> None:
 
 def _training(call: Call) -> bool:
     return bool(call.get("train", call.get("training", call.get("update", True))))
+
+
+def segments(call: Call) -> None:
+    """Check what torch itself checks unless it is told `unsafe`, and what its backward formula never does."""
+    call.require(not call.get("unsafe"), "is executed with unsafe=False only")
+    data, axis = call.tensor("data"), call.get("axis", 0)
+    call.require(0 <= axis < data.ndim, "wants an axis that its data has")
+    call.require((call.get("lengths") is None) != (call.get("offsets") is None), "wants either lengths or offsets")
+    call.require(call.get("indices") is None, "takes no indices")
+    name = "lengths" if call.get("offsets") is None else "offsets"
+    bounds, size = call.tensor(name), data.shape[axis]
+    call.require(bounds.ndim == axis + 1 and bounds.shape[:axis] == data.shape[:axis], f"was sent {name!r} that do not fit its data")
+    check_values(call, name, 0, size + 1)
+    if name == "offsets":
+        call.require(bounds.shape[-1] > 0 and not bool((bounds.diff(dim=-1) < 0).any()), "wants offsets that ascend")
+        count = bounds.shape[-1] - 1
+    else:
+        total = bounds.sum(-1)
+        call.require(bool((total == size).all()), "wants lengths that add up to its data")
+        count = bounds.shape[-1]
+    if call.get("grad") is None:
+        return
+    expected = (*data.shape[:axis], count, *data.shape[axis + 1 :])
+    for result in ("grad", "output"):
+        call.require(tuple(call.tensor(result).shape) == expected, f"was sent {result!r} of another shape than it returns")
+        call.require(call.tensor(result).dtype == data.dtype, f"was sent {result!r} of another dtype than its data")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,8 +40,9 @@ _SHAPED_BY_SCALARS = re.compile(r"aten::(arange|range)\.")
 # Outputs whose shape depends on values (or, for histogram, that torch cannot infer without them) and which carry no tag.
 _DATA_DEPENDENT = re.compile(
     r"aten::(masked_select|_?unique\w*|nonzero|argwhere|bincount|histogram\w*|_histogramdd\w*|_ctc_loss|linalg_lstsq|"
-    r"_pack_padded_sequence|index\.Tensor|_unsafe_index\.|repeat_interleave\.(Tensor|self_Tensor))\b"
+    r"_pack_padded_sequence|one_hot|cov\.|narrow\.Tensor|tensor_split\.tensor\w*|index\.Tensor|_unsafe_index\.|repeat_interleave\.(Tensor|self_Tensor))\b"
 )
+_REGISTERING: Final = ("torch.nn.modules.linear_cross_entropy",)
 _DATA_TAGS = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 _NUMBERS = frozenset({"number", "float", "Optional[number]", "Optional[float]"})
 
@@ -116,6 +118,12 @@ _by_overload: dict[OpOverload[Any, Any], Operation] = {}
 
 @cache
 def _aten_names() -> frozenset[str]:
+    # Torch registers what a few of its own functions are made of in namespaces of their own, when they are first used.
+    for module in _REGISTERING:
+        try:
+            import_module(module)
+        except ImportError:  # an older torch has neither
+            pass
     listed = Path(__file__).with_name("aten.txt").read_text(encoding="utf-8").split("\n")
     installed = frozenset(torch._C._dispatch_get_all_op_names())
     return frozenset(

@@ -278,6 +278,13 @@ class Transfers:
             effects += self._departures.abort(known, reason)
         return effects
 
+    def forbidden(self, transfer: int) -> list[Effect]:
+        """Learn that the destination may not speak with us, and so does not hear that a transfer is aborted: it has nothing of it."""
+        known = self._departures.entries.get(transfer)
+        if known is None or known.state is not Leaving.ABORTING:
+            return []
+        return self._departures.aborted(known, Aborted(transfer))
+
     def refuse(self, transfer: int, reason: str) -> list[Effect]:
         """Report that a `Stage` could not be carried out; the effects that followed it are void.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 import pickle
@@ -93,12 +92,21 @@ class TestL8TogetherOrNotAtAll(Law):
         self._refused(network, position, p, p.send(network.alice), [network.alice.id, network.bob.id])
         self._refused(network, position, network.send(numbers(), "ab"), network.send(numbers(), "cb"), [network.charlie.id])
 
-    @pytest.mark.parametrize("position", POSITIONS)
+    @pytest.mark.parametrize("position", [position for position in POSITIONS if position != "copy_"])
     def test_a_local_tensor(self, network: Network, position: str) -> None:
         for chain in ("b", "ab"):
             p, x = network.send(numbers(), chain), numbers()
             self._refused(network, position, p, x, [network.bob.id, "local"])
             assert torch.equal(x, numbers()) and x.grad is None
+
+    @pytest.mark.parametrize("chain", ["b", "ab", "cab"])
+    def test_a_copy_of_a_local_tensor_is_sent(self, network: Network, chain: str) -> None:
+        """`copy_` writes what lies on another device, in torch too: it is how `load_state_dict` fills a model there."""
+        p, x = network.send(numbers(), chain), numbers() * 2
+        before = network.sizes()
+        assert p.copy_(x) is p
+        assert network.sizes() == before
+        assert torch.equal(home(p), x) and torch.equal(x, numbers() * 2)
 
     def _refused(self, network: Network, position: str, p: Any, q: Any, places: list[str]) -> None:
         before = network.sizes()
@@ -234,7 +242,6 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "alpha": lambda p: p.add(1, alpha=p),
     "struct": lambda p: struct.pack("q", p),
     "pickle": pickle.dumps,
-    "deepcopy": copy.deepcopy,
     "data_ptr": lambda p: p.data_ptr(),
     "storage": lambda p: p.untyped_storage(),
     "share_memory_": lambda p: p.share_memory_(),

@@ -138,8 +138,6 @@ MIXED: dict[str, Callable[[Any, Any], Any]] = {
 
 SHELLS: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "deepcopy in a list": lambda p: copy.deepcopy([p]),
     "pickle": pickle.dumps,
     "torch.save": lambda p: torch.save({"p": p}, io.BytesIO()),
     "memoryview": memoryview,
@@ -247,6 +245,14 @@ class TestL2PointerIsTensor(Law):
         raised(lambda: SHELLS[way](p))
         assert network.sizes() == [1, 0, 0]
         assert torch.equal(p.get(), numbers())
+
+    @pytest.mark.parametrize("chain", ["b", "ab", "cab"])
+    def test_a_deep_copy_is_another_tensor_there(self, network: Network, chain: str) -> None:
+        p = network.send(numbers(), chain)
+        q, [r, s] = copy.deepcopy(p), copy.deepcopy([p, p])
+        assert type(q) is PointerTensor and r is s and q is not p
+        q.zero_()
+        assert torch.equal(home(r), numbers()) and torch.equal(home(p), numbers())
 
     def test_what_becomes_of_a_pointer_is_a_pointer(self, network: Network) -> None:
         p = network.send(numbers(), "b")

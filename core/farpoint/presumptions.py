@@ -1,0 +1,109 @@
+"""Where torch itself reads a value on its way: what is done instead, without the value leaving its worker.
+
+Torch reads values for three reasons. To refuse what is wrong: then it is presumed to be right, and its worker is told to raise
+if it is not. To take a short cut: then there is none. To know the shape of a result: then the operation is done on the worker
+as a whole, if no gradient has to come back through it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch.nn import functional
+from torch.nn.modules import transformer
+
+from farpoint.surroundings import plain
+
+_aten: Any = torch.ops.aten
+
+_PRESUMED: Final[dict[Any, tuple[bool, str]]] = {
+    functional.gaussian_nll_loss: (False, "var has negative entry/entries"),
+    torch.istft: (False, "window overlap add min is below 1e-11"),
+    torch.Tensor.istft: (False, "window overlap add min is below 1e-11"),
+}
+"""Functions that read a truth value only to raise if it is not this one, and what they say then."""
+
+_WHOLE: Final[dict[Any, Any]] = {
+    torch.cov: _aten.cov.default,
+    torch.Tensor.cov: _aten.cov.default,
+    torch.narrow: _aten.narrow.Tensor,
+    torch.Tensor.narrow: _aten.narrow.Tensor,
+    torch.tensor_split: _aten.tensor_split.tensor_indices_or_sections,
+    torch.Tensor.tensor_split: _aten.tensor_split.tensor_indices_or_sections,
+    functional.one_hot: _aten.one_hot.default,
+}
+"""Functions that a worker executes as a whole."""
+
+_SHORT_CUTS: Final = (transformer._detect_is_causal_mask.__code__,)
+"""Functions that ask for a truth value only to be faster if it is so."""
+
+_ANSWERS: Final[dict[Any, Any]] = {_aten._nested_tensor_from_mask_left_aligned.default: False}
+"""Operators that ask only that, and the answer."""
+
+_ALLCLOSE: Final = _aten.allclose.default
+
+
+def presume(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dispatch: Callable[..., Any]) -> bool | None:
+    """Return the truth value that an operator shall have read, None if there is none to presume.
+
+    Args:
+        func: An operator that returns a value.
+        args: Its arguments.
+        kwargs: The same by name.
+        dispatch: Issues an operation on pointers.
+    """
+    if func in _ANSWERS:
+        answer: bool = _ANSWERS[func]
+        return answer
+    if func is _ALLCLOSE:
+        # Users ask above dispatch, where they are refused. Formulas ask whether a loss depends on what is arbitrary.
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        wanted, text = True, "the loss depends on what is arbitrary in a decomposition"
+        with plain():  # composite operations do not come apart below dispatch
+            truth: Any = torch.isclose(*args, **kwargs).all()
+    else:
+        found = _PRESUMED.get(_function())
+        if found is None:
+            return None
+        wanted, text = found
+        truth = args[0]
+        if func is _aten.equal.default:
+            truth = dispatch(_aten.all.default, (dispatch(_aten.eq.Tensor, args, kwargs),), {})
+        if truth.dtype is not torch.bool:
+            return None
+    if not wanted:
+        truth = dispatch(_aten.logical_not.default, (truth,), {})
+    dispatch(_aten._assert_async.msg, (truth, text), {})
+    return wanted
+
+
+def no_short_cut() -> bool:
+    """Return whether a truth value is asked for only to be faster, three calls above. It may be said to be false, then."""
+    frame = sys._getframe(3)
+    return frame.f_code in _SHORT_CUTS
+
+
+def whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Return the operator that does as a whole what a function cannot do without a value, and its arguments by name."""
+    operator = _WHOLE.get(func)
+    if operator is None:
+        return None
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    names = {"input": "self", "tensor": "self", "indices_or_sections": "tensor_indices_or_sections"}
+    return operator, {names.get(name, name): value for name, value in kwargs.items()}
+
+
+def _function() -> Any:
+    """Return the function of torch's that is under way on pointers, the innermost."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_function__" and "types" in frame.f_locals:
+            return frame.f_locals["func"]
+        frame = frame.f_back
+    return None
