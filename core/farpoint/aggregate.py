@@ -155,7 +155,7 @@ def _straight(tensor: Any) -> Any:
 def _mean(copies: Sequence[Any]) -> Any:
     total = copies[0]
     for tensor in copies[1:]:
-        total += tensor
+        total = total + tensor  # not in place: the first may be somebody else's
     return total / len(copies)
 
 

@@ -47,6 +47,7 @@ def main(alice, bob, carol):
             losses.append(loss.get().item())
             print(f"step {step + 1}: loss {losses[-1]:.4f}")
 
+    optimizer.zero_grad()  # so that no gradient comes along with the layers
     with torch.no_grad():
         right = (last(middle(first(x).move(bob)).move(carol)).argmax(dim=1) == labels).sum().get().item()
     print(f"{right} of {len(labels)} points are right")
