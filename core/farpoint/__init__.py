@@ -2,6 +2,7 @@
 
 from farpoint import data
 from farpoint.about import __version__ as __version__
+from farpoint.aggregate import average, gather
 from farpoint.blocking import blocking
 from farpoint.cluster import LocalCluster, local_cluster
 from farpoint.connection import aconnect, connect
@@ -43,8 +44,9 @@ from farpoint.errors import (
     WorkerRestartedError,
 )
 from farpoint.factories import on
-from farpoint.handover import get, move, send
+from farpoint.handover import get, move
 from farpoint.hook import TorchHook
+from farpoint.multi import MultiPointer, send
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, manual_seed, me
@@ -63,6 +65,7 @@ __all__ = [
     "LimitError",
     "LocalCluster",
     "MalformedMessageError",
+    "MultiPointer",
     "NobodyListensError",
     "NotAdmittedError",
     "NotColocatedError",
@@ -93,9 +96,11 @@ __all__ = [
     "WorkerRestartedError",
     "aconnect",
     "allow_scalars",
+    "average",
     "blocking",
     "connect",
     "data",
+    "gather",
     "get",
     "local_cluster",
     "manual_seed",

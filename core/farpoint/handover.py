@@ -25,6 +25,7 @@ from farpoint.tensors import dense
 from farpoint.worker import Worker
 
 if TYPE_CHECKING:
+    from farpoint.answers import Reply
     from farpoint.references import Reference
 
 
@@ -84,7 +85,7 @@ def _send(tensor: torch.Tensor, target: RemoteWorker, wants_grad: bool) -> Point
     if isinstance(tensor, PointerTensor):
         pointer._beyond = Beyond(through.name, through.url, reference.id, tensor._beyond)
     write_note(pointer, note)
-    grad = _grad_of(tensor)
+    grad = gradient_of(tensor)
     if grad is not None:
         pointer.grad = send(grad, target)
     return pointer
@@ -139,14 +140,37 @@ def fetch(pointer: PointerTensor) -> torch.Tensor:
     return _get(pointer, True, bool(pointer.requires_grad))
 
 
-def _get(pointer: PointerTensor, keep: bool, wants_grad: bool) -> torch.Tensor:
+def ask(pointer: PointerTensor) -> Reply:
+    """Ask for what a pointer points at, for `receive`, and do not wait for it."""
     reference = gate.check_live(pointer)
-    peer, workers = reference.peer, pointer._route.workers
     pointer._route.order()
-    asked = [int(Kind.FETCH), reference.id]
-    answer = peer.request(asked) if peer.channel.inline else peer.download(asked, pointer.nbytes)
+    reply = reference.peer.ask([int(Kind.FETCH), reference.id], keep=reference)
+    reference.peer.flush()
+    return reply
+
+
+def _get(pointer: PointerTensor, keep: bool, wants_grad: bool) -> torch.Tensor:
+    result = receive(pointer, ask(pointer), keep, wants_grad)
+    if not keep:
+        peer = pointer._route.peer
+        spend(pointer, "get")
+        peer.flush()
+    return result
+
+
+def receive(pointer: PointerTensor, reply: Reply, keep: bool, wants_grad: bool) -> torch.Tensor:
+    """Wait for what `ask` has asked for, and return it; the pointer stays valid.
+
+    Args:
+        pointer: What was asked about.
+        reply: What `ask` has returned.
+        keep: Whether its gradient, which comes along, stays valid too.
+        wants_grad: Whether the result is a leaf that requires a gradient.
+    """
+    peer, workers = gate.check_live(pointer).peer, pointer._route.workers
+    answer = peer.download(reply, pointer.nbytes)
     peer.answers.raise_orphan()
-    grad = _grad_of(pointer) if wants_grad or not pointer.requires_grad else None
+    grad = gradient_of(pointer) if wants_grad or not pointer.requires_grad else None
     result: torch.Tensor
     if answer[0] == "pointer":
         _, name, url, target, _, tags, description, capability = answer
@@ -174,14 +198,10 @@ def _get(pointer: PointerTensor, keep: bool, wants_grad: bool) -> torch.Tensor:
                 raise peer.broke(MalformedMessageError("ANSWER to FETCH", "the gradient", brief(result), brief(fetched)))
             result.grad = fetched
     write_note(result, note)
-    if not keep:
-        del reference
-        spend(pointer, "get")
-        peer.flush()
     return result
 
 
-def _grad_of(tensor: torch.Tensor) -> torch.Tensor | None:
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the gradient that goes with a tensor: not one that `p.grad.get()` has brought home already."""
     grad = tensor.grad if tensor.is_leaf else None
     return None if isinstance(grad, PointerTensor) and grad._route is SPENT else grad
@@ -255,7 +275,7 @@ def move(pointer: torch.Tensor, worker: RemoteWorker | Worker | str, *, relay: b
 def _moved(pointer: PointerTensor, target: RemoteWorker, arrived: Reference, *, relay: bool) -> PointerTensor:
     moved = PointerTensor.wrap(route_of(target.peer), arrived, pointer._spec, pointer.requires_grad and pointer.is_leaf)
     write_note(moved, note_of(pointer))
-    grad = _grad_of(pointer)
+    grad = gradient_of(pointer)
     if grad is not None:
         moved.grad = move(grad, target, relay=relay)
     spend(pointer, "move")

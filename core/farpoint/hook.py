@@ -5,16 +5,16 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from farpoint import handover, modules
+from farpoint import handover, modules, multi
 from farpoint.catalogue import annotate
 from farpoint.errors import FarpointError
 from farpoint.remote import me
 from farpoint.worker import Worker
 
 
-def _send(self: Any, worker: Any, **options: Any) -> Any:
-    """Send a copy of this tensor to a worker: see `farpoint.send`."""
-    return handover.send(self, worker, **options)
+def _send(self: Any, worker: Any, *others: Any, **options: Any) -> Any:
+    """Send a copy of this tensor to a worker, or to several: see `farpoint.send`."""
+    return multi.send(self, worker, *others, **options)
 
 
 def _get(self: Any, keep: bool = False) -> Any:

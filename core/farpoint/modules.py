@@ -38,7 +38,7 @@ def send(module: _Module, worker: RemoteWorker | str) -> _Module:
         WorkerNotFoundError: Nobody of that name is known.
     """
     target = resolve(worker)
-    olds = list(_tensors(module))
+    olds = list(tensors(module))
     news = [handover.send(tensor, target) for tensor in olds]
     for old, new in zip(olds, news, strict=True):
         become(old, new)
@@ -51,7 +51,7 @@ def get(module: _Module) -> _Module:
     Raises:
         FarpointError: One could not be fetched; then nothing has changed.
     """
-    olds = [tensor for tensor in _tensors(module) if isinstance(tensor, PointerTensor)]
+    olds = [tensor for tensor in tensors(module) if isinstance(tensor, PointerTensor)]
     news = [handover.fetch(tensor) for tensor in olds]
     for old, new in zip(olds, news, strict=True):
         become(old, new)
@@ -67,13 +67,13 @@ def move(module: _Module, worker: RemoteWorker | Worker | str) -> _Module:
         WorkerNotFoundError: Nobody of that name is known.
     """
     if worker == "me" or isinstance(worker, Worker):
-        while any(isinstance(tensor, PointerTensor) for tensor in _tensors(module)):
+        while any(isinstance(tensor, PointerTensor) for tensor in tensors(module)):
             get(module)
         return module
     target = resolve(worker)
-    if not any(isinstance(tensor, PointerTensor) for tensor in _tensors(module)):
+    if not any(isinstance(tensor, PointerTensor) for tensor in tensors(module)):
         return send(module, target)
-    for tensor in list(_tensors(module)):
+    for tensor in list(tensors(module)):
         moved = handover.move(tensor, target)
         if moved is not tensor:
             become(tensor, moved)
@@ -105,7 +105,7 @@ def become(tensor: Any, other: Any) -> None:
     followers.moved()
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+def tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yield each parameter and buffer once."""
     for tensor in chain(module.parameters(), module.buffers()):
         if nn.parameter.is_lazy(tensor):

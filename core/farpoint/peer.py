@@ -392,11 +392,10 @@ class Peer:
         """Issue a command and wait for its answer."""
         return self.wait(self.ask(message))
 
-    def download(self, message: list[Any], nbytes: int) -> Any:
-        """Issue a command whose answer may be large, and wait for it."""
-        reply = self.ask(message)
+    def download(self, reply: Reply, nbytes: int) -> Any:
+        """Wait for an answer that may be large, and return it."""
         self.flush()
-        if self.channel.bulk is not None and not reply.done.is_set():
+        if self.channel.bulk is not None and not self.channel.inline and not reply.done.is_set():
             bulk = self.channel.bulk
             with progress_bar(f"from {self.name}", nbytes) as bar:
                 self.answers.wait(reply.done, None, lambda: bar(bulk.progress(reply.number)[0]))

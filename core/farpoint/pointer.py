@@ -98,6 +98,8 @@ class PointerTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if len(types) > 1 and not all(issubclass(kind, torch.Tensor) for kind in types):
+            return NotImplemented  # what is no tensor, such as a multi-pointer, decides about itself
         if func is _COPY and type(args[0]) is cls and type(args[1]) is not cls:
             from farpoint.handover import place
 
@@ -209,12 +211,12 @@ class PointerTensor(torch.Tensor):
 
         return handle_of(self._route.workers[0])
 
-    def send(self, worker: Any, **options: Any) -> PointerTensor:
-        """Send this pointer: see `farpoint.send`."""
-        from farpoint.handover import send
+    def send(self, worker: Any, *others: Any, **options: Any) -> Any:
+        """Send this pointer to a worker, or to several: see `farpoint.send`."""
+        from farpoint.multi import send
 
         with gate.underway(self):
-            return send(self, worker, **options)
+            return send(self, worker, *others, **options)
 
     def get(self, keep: bool = False) -> torch.Tensor:
         """Bring what it points at here: see `farpoint.handover.get`."""
