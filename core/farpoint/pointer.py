@@ -20,13 +20,14 @@ from farpoint.errors import (
     ValueNotHereError,
     WorkerLostError,
 )
-from farpoint.inference import Layout, Signature, layout_of, signature_of
+from farpoint.inference import Signature, layout_of, signature_of
+from farpoint.operands import Operands
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
 from farpoint.references import Reference
 from farpoint.route import SPENT, Route
 from farpoint.scalars import may_read, read
-from farpoint.spec import TensorSpec, spec_from_wire, spec_of
+from farpoint.spec import TensorSpec, spec_from_wire
 from farpoint.surroundings import without_onednn
 
 _make = torch.Tensor._make_wrapper_subclass
@@ -294,69 +295,6 @@ def spend(pointer: PointerTensor, how: str) -> None:
     pointer._reference = None
 
 
-class _Operands:
-    """What one call brings.
-
-    Attributes:
-        key: What its signature depends on.
-        tensors: Its tensors, in order.
-        values: What fills the holes of its template, in order: ids, and numbers.
-        route: Where the pointers among the tensors lead.
-    """
-
-    __slots__ = ("func", "key", "route", "tensors", "values")
-
-    def __init__(self, func: Any, layout: Layout) -> None:
-        self.func = func
-        self.key: list[Any] = [layout]
-        self.route: Route | None = None
-        self.tensors: list[Any] = []
-        self.values: list[Any] = []
-
-    def take(self, value: Any, run_time: bool) -> None:
-        """Take an argument.
-
-        Args:
-            value: What the operation was called with.
-            run_time: Whether a number in this place is a hole.
-        """
-        kind = type(value)
-        if kind is PointerTensor:
-            if value._route is not self.route:
-                self._join(value)
-            self.key.append(value._spec)
-            self.tensors.append(value)
-            self.values.append(value._reference.id)
-        elif kind is float or kind is int or kind is bool or kind is complex:
-            self.key.append(kind)
-            if not run_time:
-                self.key.append(value)
-            elif kind is complex:
-                self.values.append([value.real, value.imag])
-            else:
-                self.values.append(value)
-        elif value is None or kind is str:
-            self.key.append(value)
-        elif isinstance(value, list | tuple):
-            self.key.append("(")
-            for item in value:
-                self.take(item, run_time)
-            self.key.append(")")
-        elif isinstance(value, torch.Tensor):
-            self.key.append(spec_of(value))
-            self.tensors.append(value)
-            # Not the user's own argument, which the gate has seen: a constant of a formula, shipped along.
-            self.values.append(value.detach().clone().contiguous())
-        else:
-            self.key.append(value)
-
-    def _join(self, pointer: PointerTensor) -> None:
-        gate.check_live(pointer)
-        if self.route is not None:
-            raise gate.elsewhere(self.func, next(t for t in self.tensors if type(t) is PointerTensor), pointer)
-        self.route = pointer._route
-
-
 def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Do what torch cannot do here, as it reads a value, in another way; return NotImplemented if there is none."""
     if func is torch.Tensor.__bool__ and presumptions.no_short_cut():
@@ -381,8 +319,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
         place: Where it runs if it has no operands; a pointer among them then must lead there.
     """
     layout = layout_of(func)
-    operands = _Operands(func, layout)
-    operands.route = place
+    operands = Operands(PointerTensor, func, layout, place)
     run_time = layout.run_time
     for position, value in enumerate(args):
         operands.take(value, position in run_time)
@@ -394,7 +331,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     if route is None:
         raise NotColocatedError(str(func), "here", "nowhere", "p.get()")
     if layout.operation.written_names:
-        _refuse_local_writes(func, layout.operation, args, kwargs)
+        operands.refuse_local_writes( layout.operation, args, kwargs)
     signature = signature_of(tuple(operands.key), layout, args, kwargs, tensors)
     peer = route.peer
     route.order()
@@ -423,16 +360,6 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     return pytree.tree_unflatten(values, signature.structure)
 
 
-def _refuse_local_writes(func: Any, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    written = [args[i] for i in operation.written if i < len(args)]
-    written += [kwargs[name] for name in operation.written_names if name in kwargs]
-    for value in pytree.tree_leaves(written):
-        if isinstance(value, torch.Tensor) and type(value) is not PointerTensor:
-            raise NotColocatedError(
-                str(func), "a local tensor that would be written to", "a pointer", "send the local tensor first"
-            )
-
-
 def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     from torch.utils._mode_utils import no_dispatch
 
@@ -440,7 +367,7 @@ def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         func(*args, **kwargs)
 
 
-def _ask(func: Any, route: Route, signature: Signature, operands: _Operands) -> Any:
+def _ask(func: Any, route: Route, signature: Signature, operands: Operands) -> Any:
     peer = route.peer
     count = signature.count
     if count is None:
