@@ -15,8 +15,8 @@ from farpoint import VirtualWorker
 
 
 def seed() -> None:
-    """Let the next random numbers be the same ones, here and on the workers, which draw from this process's generator."""
-    torch.manual_seed(0)
+    """Let the next random numbers be the same ones, here and on the workers, each of which has a generator of its own."""
+    farpoint.manual_seed(0)
     random.seed(0)
 
 

@@ -213,12 +213,13 @@ def test_what_is_done_as_a_whole_is_what_torch_does(bob: VirtualWorker) -> None:
         torch.nn.functional.one_hot(p - 1)
 
 
-def test_segments_beyond_their_data_are_refused(bob: VirtualWorker) -> None:
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_segments_beyond_their_data_are_refused(bob: VirtualWorker, unsafe: bool) -> None:
     data: Any = farpoint.send(torch.arange(6.0), bob)
 
     def reduce(**given: Any) -> Any:
         sent: Any = {name: farpoint.send(torch.tensor(value), bob) for name, value in given.items()}
-        reduced: Any = torch.segment_reduce(data, "sum", **sent)
+        reduced: Any = torch.segment_reduce(data, "sum", unsafe=unsafe, **sent)
         return reduced.get()
 
     assert reduce(lengths=[2, 4]).tolist() == [1.0, 14.0] and reduce(offsets=[0, 2, 6]).tolist() == [1.0, 14.0]

@@ -127,7 +127,7 @@ ADDED: dict[str, str] = {
     "aten::one_hot.default": "likewise, its classes",
     "aten::scatter.value_reduce": "the same as scatter.reduce with a number, which too few samples call",
     "aten::scatter_.value_reduce": "likewise",
-    "aten::segment_reduce.default": "what it trusts is checked by a rule, and `unsafe` refused",
+    "aten::segment_reduce.default": "what it trusts is checked by a rule, also if it is told `unsafe`",
     "aten::tensor_split.tensor_indices_or_sections": "as narrow.Tensor, its indices",
     "torch_nn::_linear_cross_entropy_batch_chunked.default": "is Python of torch's own, made of operations that check what they get",
     "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction.default": "likewise",
