@@ -710,7 +710,7 @@ RULES: list[tuple[str, tuple[Any, ...], dict[int, list[Any]]]] = [
     ("split.Tensor", (ones(1024), 1), {0: [ones(1025)]}),
     ("unbind.int", (ones(2, 1025),), {0: [ones(1025, 2)]}),
     ("segment_reduce.default", (ones(6), "sum", ints(2, 4), None, None, 0, False),
-     {0: [ones()], 2: [ints(2, 5), ints(-1, 7), ints(2), ones(2), None, ints(2, 4).view(1, 2)], 3: [ints(0)], 4: [ints(0, 6)], 5: [1, -1]}),
+     {0: [ones()], 2: [ints(2, 5), ints(-1, 7), ints(7), ones(2), None, ints(2, 4).view(1, 2)], 3: [ints(0)], 4: [ints(0, 6)], 5: [1, -1]}),
     ("segment_reduce.default", (ones(2, 6), "sum", None, None, ints(0, 2, 6, 0, 3, 3).view(2, 3), 1, False),
      {4: [ints(0, 2, 7, 0, 3, 3).view(2, 3), ints(0, 2, 1, 0, 3, 3).view(2, 3), ints(-1, 2, 6, 0, 3, 3).view(2, 3), ints(0, 2, 6), ints().view(2, 0)]}),
     ("_segment_reduce_backward.default", (ones(2, 3), ones(2, 3), ones(6, 3), "sum", ints(2, 4), None, 0),
