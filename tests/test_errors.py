@@ -201,6 +201,14 @@ class TestWire:
         assert len(revived.text) == DEFAULT_LIMITS.error_chars and "raise KeyError" in revived.remote_traceback
         assert "Traceback" not in str(hidden) and "test_errors" not in str(hidden)
 
+    def test_an_error_that_cannot_say_itself_is_told_all_the_same(self) -> None:
+        class MuteError(Exception):
+            def __str__(self) -> str:
+                raise ValueError("no text")
+
+        revived = revive_failure(read_failure(describe_failure(MuteError(), "bob", "", expose=True), "bob"), "")
+        assert isinstance(revived, RemoteExecutionError) and revived.error == "MuteError" and "cannot be had" in revived.text
+
     def test_only_our_own_classes_are_named(self) -> None:
         class LimitError(Exception):
             """Somebody else's."""

@@ -63,7 +63,7 @@ def describe_failure(error: Exception, worker: str, operation: str, *, expose: b
     known = _KINDS.get(name) is type(error)
     if not known:
         behind = "".join(traceback.format_exception(error)) if expose else ""
-        error = RemoteExecutionError(worker, operation, name, str(error), "", behind)
+        error = RemoteExecutionError(worker, operation, name, _text(error), "", behind)
         name = type(error).__name__
     evidence = {}
     for field, type_name in _EVIDENCE[name].items():
@@ -78,6 +78,13 @@ def describe_failure(error: Exception, worker: str, operation: str, *, expose: b
         "evidence": evidence,
         "orphan": False,
     }
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a plugin's exception; whoever waits must hear of it all the same
+        return "its text cannot be had: its __str__ raises"
 
 
 def read_failure(content: Any, worker: str) -> dict[str, Any]:
