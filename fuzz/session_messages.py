@@ -7,8 +7,8 @@ from typing import Any
 from farpoint.errors import DecodeError, InvalidNameError, OperationNotAllowedError, ProtocolError
 from farpoint.failures import read_failure, revive_failure
 from farpoint.listing import _read_entry
-from farpoint.movers import _parse
 from farpoint.names import check_note, check_query
+from farpoint.protocol.fields import message_of
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.protocol.shapes import (
@@ -81,7 +81,7 @@ def _carry_out(kind: int, message: list[Any]) -> None:
     elif kind == Kind.SEARCH:
         check_query(message[1])
     elif kind == Kind.TRANSFER:
-        _parse(message[1], message[2])
+        message_of(message[1], message[2])
         if message[3] is not None:
             PAYLOAD.check([0, *message[3]], LIMITS)
 

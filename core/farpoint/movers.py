@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -16,17 +15,16 @@ from farpoint.channel import LARGE
 from farpoint.errors import (
     FarpointError,
     LimitError,
-    MalformedMessageError,
     ProtocolError,
     QuotaError,
     TransportError,
 )
 from farpoint.failures import describe_failure
-from farpoint.limits import DEFAULT_LIMITS
 from farpoint.names import check_note
 from farpoint.protocol import transfer as states
+from farpoint.protocol.fields import fields_of, message_of
 from farpoint.protocol.messages import Kind
-from farpoint.protocol.shapes import ID, PAYLOAD, brief
+from farpoint.protocol.shapes import ID, PAYLOAD
 from farpoint.quota import weigh
 from farpoint.store import Annotation
 from farpoint.stored import StoredPointer
@@ -36,22 +34,6 @@ if TYPE_CHECKING:
     from farpoint.guest import Guest
     from farpoint.peer import Peer
     from farpoint.worker import Worker
-
-_MESSAGES: dict[str, type[states.TransferMessage]] = {
-    kind.__name__: kind
-    for kind in (
-        *(states.Push, states.Probe, states.Commit, states.Abort, states.Released, states.Prepared),
-        *(states.Refused, states.Missing, states.Activated, states.Aborted, states.Inquire),
-    )
-}
-_HEX = re.compile(r"[0-9a-f]{1,32}")
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("an integer of up to 128 bits", lambda v: type(v) is int and 0 <= v < 2**128),
-    "bool": ("true or false", lambda v: type(v) is bool),
-    "str": ("a short text", lambda v: type(v) is str and len(v) <= 2 * DEFAULT_LIMITS.error_chars),
-    "str | None": ("a short text, or nothing", lambda v: v is None or type(v) is str and len(v) <= 128),
-    "Any": ("nothing: the payload comes beside the fields", lambda v: v is None),
-}
 
 
 class Movers:
@@ -194,7 +176,7 @@ class Movers:
     def receive(self, guest: Guest, number: int, message: list[Any]) -> None:
         """Take a TRANSFER message of another worker."""
         _, name, fields, payload = message
-        parsed = _parse(name, fields)
+        parsed = message_of(name, fields)
         if isinstance(parsed, states.Push):
             parsed = attrs.evolve(parsed, payload=payload)
         # Who answers there is who speaks here, or the state machine takes what it says for that of a life that is over.
@@ -336,13 +318,7 @@ class Movers:
         if object_id is not None:
             value, note, capability = self._leaving[object_id]
             payload = [value, note.requires_grad, sorted(note.tags), note.description, capability]
-        skipped = ("payload",)
-        values = [getattr(message, f.name) for f in attrs.fields(type(message)) if f.name not in skipped]
-        # Incarnations have 128 bits, more than an integer of the wire.
-        fields = [["x", f"{v:x}"] if type(v) is int and v >= 2**63 else v for v in values]
-        if isinstance(message, states.Push):
-            fields = [*fields[:6], None, fields[6]]
-        told = [int(Kind.TRANSFER), type(message).__name__, fields, payload]
+        told = [int(Kind.TRANSFER), type(message).__name__, fields_of(message), payload]
         if payload is not None and payload[0].nbytes >= LARGE and not peer.channel.inline:
             value, payload[0] = payload[0], None
             peer.stream(told, [3, 0], value, (LOCAL, message.transfer))
@@ -384,26 +360,3 @@ class Movers:
         """Return whether what was staged still has a holder and a place: the holder may have gone, or taken the id itself."""
         here = holder in self._worker.guests if holder != LOCAL else new_id in self._expected
         return here and new_id not in self._worker.store and new_id not in self._worker.poisoned
-
-
-def _parse(name: str, fields: list[Any]) -> states.TransferMessage:
-    """Return the message of a state machine that a TRANSFER carries.
-
-    Raises:
-        MalformedMessageError: It is none.
-    """
-    kind = _MESSAGES.get(name)
-    if kind is None:
-        raise MalformedMessageError("TRANSFER", "name", f"one of {', '.join(_MESSAGES)}", brief(name))
-    wanted = attrs.fields(kind)
-    if len(fields) != len(wanted):
-        raise MalformedMessageError(f"TRANSFER {name}", "the number of its fields", str(len(wanted)), str(len(fields)))
-    values = []
-    for field, value in zip(wanted, fields, strict=True):
-        if type(value) is list and len(value) == 2 and value[0] == "x" and type(value[1]) is str and _HEX.fullmatch(value[1]):
-            value = int(value[1], 16)
-        wants, holds = _TYPES[str(field.type)]
-        if not holds(value):
-            raise MalformedMessageError(f"TRANSFER {name}", field.name, wants, brief(value))
-        values.append(value)
-    return kind(*values)
