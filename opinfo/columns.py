@@ -13,6 +13,8 @@ import torch
 import farpoint
 from opinfo.exceptions import LISTED
 from opinfo.modules import EVALUATION, TRAINING, modules
+from opinfo.optimizers import optimizers
+from opinfo.optimizers import trials as optimizer_trials
 from opinfo.places import Place, seed
 from opinfo.running import DTYPES, LOOKED_AT, Result, Trial, gradients, run, spread
 
@@ -107,5 +109,6 @@ COLUMNS: Final[dict[str, Column]] = {
         Column("chain", 2, _operations, _forward),
         Column("train", 1, modules, TRAINING),
         Column("eval", 1, modules, EVALUATION),
+        Column("optimizers", 1, optimizers, optimizer_trials),
     )
 }

@@ -33,10 +33,10 @@ FAILED_ONCE = frozenset(
     nn.functional.dropout nn.functional.fractional_max_pool2d nn.functional.gaussian_nll_loss
     nn.functional.linear_cross_entropy.chunked nn.functional.max_unpool2d nn.functional.one_hot nn.functional.rrelu norm.nuc normal
     ormqr prod quantile scatter _segment_reduce.lengths _segment_reduce.offsets svd tensor_split unravel_index view_as_real fft.hfft
-    nn.BatchNorm1d nn.GaussianNLLLoss nn.GRU nn.LSTM nn.RNN nn.TransformerEncoder
+    nn.BatchNorm1d nn.GaussianNLLLoss nn.GRU nn.LSTM nn.RNN nn.TransformerEncoder Adagrad.fused
     """.split()
 )
-EACH = {"forward": 6, "backward": 12, "chain": 12, "train": 4, "eval": 4}
+EACH = {"forward": 6, "backward": 12, "chain": 12, "train": 4, "eval": 4, "optimizers": 3}
 
 
 @pytest.mark.filterwarnings("ignore")  # samples of torch's provoke most of torch's warnings

@@ -34,6 +34,9 @@ UNINITIALISED: Final[frozenset[str]] = frozenset(
 """Operations that return memory they have not written. It held somebody's values before, so whoever runs one for a peer
 clears the result's whole storage: a strided result has gaps between its elements that a view would show."""
 
+_READ_ONLY = frozenset({("aten::_fused_adagrad_.default", "state_steps")})
+"""Arguments that a schema marks as written, though the kernel reads them only: they may be local, as those of `_fused_adam_`."""
+
 # Names in a schema cannot say it: the value of these Scalars is the shape.
 _SHAPED_BY_SCALARS = re.compile(r"aten::(arange|range)\.")
 
@@ -180,7 +183,11 @@ def _describe(name: str, overload: OpOverload[Any, Any]) -> Operation:
     arguments = overload._schema.arguments
     shaped = _SHAPED_BY_SCALARS.match(name) is not None
     numbers = [] if shaped else [(i, a) for i, a in enumerate(arguments) if str(a.type) in _NUMBERS]
-    written = [(i, a) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = [
+        (i, a)
+        for i, a in enumerate(arguments)
+        if a.alias_info is not None and a.alias_info.is_write and (name, a.name) not in _READ_ONLY
+    ]
     tags = frozenset(overload.tags)
     return Operation(
         name=name,
