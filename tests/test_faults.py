@@ -33,11 +33,11 @@ UNSENT = [("bob", "takes", "Move"), ("bob", "sends", "Push"), ("bob", "sends", "
 """Where nobody but the source has all of it."""
 IN_FLIGHT = [("alice", "takes", "chunk"), ("alice", "takes", "Push")]
 """Where the destination is about to have it, and may learn before that the source is dead."""
-OVER = [("bob", "takes", "Activated"), ("bob", "sends", "Released"), ("bob", "sent", "Released"), ("alice", "sent", "Activated"),
+OVER = [("bob", "sends", "Released"), ("bob", "sent", "Released"), ("alice", "sent", "Activated"),
         ("alice", "takes", "Released"), ("alice", "took", "Released")]
-"""Where the source has heard that the destination has it, or is about to."""
-OPEN = [("bob", "sent", "Commit")]
-"""Where the destination may have made it live, and said so, in the moment before it dies."""
+"""Where the source has heard that the destination has it, or the destination does not die before it is heard."""
+OPEN = [("bob", "sent", "Commit"), ("bob", "takes", "Activated")]
+"""Where the destination may have made it live, and said so, in the moment before it dies; and the source hears of one or the other first."""
 
 
 @pytest.fixture(scope="module")
