@@ -244,7 +244,7 @@ class TestWhatIsOthers:
     def test_nobody_is_given_what_he_does_not_expect(self, bob: Worker, mallory: RawClient) -> None:
         for holder in (0, 12345):
             error, text = mallory.error([int(Kind.MOVE), 1, 0, bob.id, bob.url, 50, holder, False, ""])
-            assert error == "ProtocolError" and "no session here" in text
+            assert error == "StaleIncarnationError" and "no session here" in text
 
     def test_who_is_gone_holds_nothing(self, bob: Worker) -> None:
         mallory = stocked(RawClient(bob.url))

@@ -17,6 +17,7 @@ from farpoint.errors import (
     LimitError,
     ProtocolError,
     QuotaError,
+    StaleIncarnationError,
     TransportError,
 )
 from farpoint.failures import describe_failure
@@ -351,7 +352,7 @@ class Movers:
         worker.check_new(new_id)
         guest = worker.guests.get(holder) if holder != LOCAL else self._expected.get(new_id)
         if guest is None:
-            raise ProtocolError("whoever shall hold the object has no session here")
+            raise StaleIncarnationError(f"whoever shall hold the object has no session here: {worker.id} may have restarted meanwhile")
         if (holder, new_id) in self._renounced:
             raise ProtocolError("whoever shall hold the object has been told that it is lost")
         guest.quota.check(nbytes, objects)
