@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from farpoint import VirtualWorker
 from farpoint.errors import UnseenErrorWarning
 from farpoint.remote import handles
 
@@ -21,3 +22,15 @@ def _close_what_stayed() -> Iterator[None]:
         for handle in handles():
             if handle not in before:
                 handle.close()
+
+
+@pytest.fixture
+def bob() -> Iterator[VirtualWorker]:
+    with VirtualWorker(id="bob") as bob:
+        yield bob
+
+
+@pytest.fixture
+def alice() -> Iterator[VirtualWorker]:
+    with VirtualWorker(id="alice") as alice:
+        yield alice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,18 +62,6 @@ class Watch:
         self.worker.synchronize()
         commands, self.commands = self.commands, 0
         return commands
-
-
-@pytest.fixture
-def bob() -> Iterator[VirtualWorker]:
-    with VirtualWorker(id="bob") as bob:
-        yield bob
-
-
-@pytest.fixture
-def alice() -> Iterator[VirtualWorker]:
-    with VirtualWorker(id="alice") as alice:
-        yield alice
 
 
 @pytest.fixture

@@ -78,18 +78,6 @@ FACTORIES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture
-def bob() -> Iterator[VirtualWorker]:
-    with VirtualWorker(id="bob") as bob:
-        yield bob
-
-
-@pytest.fixture
-def alice() -> Iterator[VirtualWorker]:
-    with VirtualWorker(id="alice") as alice:
-        yield alice
-
-
 @pytest.fixture(scope="module")
 def isolated() -> Iterator[Place]:
     place = Place()

@@ -81,18 +81,6 @@ def same(found: list[Any], expected: list[torch.Tensor]) -> bool:
     return [x.get().tolist() for x in found] == [x.tolist() for x in expected]
 
 
-@pytest.fixture
-def bob() -> Iterator[VirtualWorker]:
-    with VirtualWorker(id="bob") as bob:
-        yield bob
-
-
-@pytest.fixture
-def alice() -> Iterator[VirtualWorker]:
-    with VirtualWorker(id="alice") as alice:
-        yield alice
-
-
 @pytest.fixture(scope="module")
 def isolated() -> Iterator[Place]:
     place = Place()
