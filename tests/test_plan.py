@@ -7,9 +7,11 @@ import functools
 import gc
 import linecache
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -173,6 +175,434 @@ class TestTraining:
         del loss, losses, step, train, optim, x_, y_, models, model
         gc.collect()
         assert len(bob) == 0
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def trained(bob: Any, way: Callable[[Any], Any], build: Callable[[Any], Callable[[Any, Any], Any]], calls: int = 12) -> list[torch.Tensor]:
+    """Train a model on bob by calls of a function, and return what it has become."""
+    model: Any = mlp().send(bob)  # type: ignore[operator]  # the hook's
+    x, y = send(torch.randn(12, 4, generator=chance()), bob), send(LABELS, bob)
+    step = way(build(model))
+    for _ in range(calls):
+        step(x, y)
+    model.get()
+    return list(model.state_dict().values())
+
+
+def sgd(model: Any) -> Callable[[Any, Any], Any]:
+    optim = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(x: Any, y: Any) -> Any:
+        optim.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optim.step()
+        return loss
+
+    return step
+
+
+def scheduled(model: Any) -> Callable[[Any, Any], Any]:
+    optim = torch.optim.Adam(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optim, 0.2, total_steps=30)
+
+    def step(x: Any, y: Any) -> None:
+        optim.zero_grad(set_to_none=False)
+        F.cross_entropy(model(x), y).backward()
+        optim.step()
+        scheduler.step()
+
+    return step
+
+
+def accumulated(model: Any) -> Callable[[Any, Any], Any]:
+    """Four micro-batches to a step; the Python counter decides."""
+    optim = torch.optim.SGD(model.parameters(), lr=0.1)
+    count = [0]
+
+    def step(x: Any, y: Any) -> None:
+        start = count[0] % 4 * 3
+        loss = F.cross_entropy(model(x[start : start + 3]), y[start : start + 3])
+        loss.backward()
+        count[0] += 1
+        if count[0] % 4 == 0:
+            optim.step()
+            optim.zero_grad()
+
+    return step
+
+
+def dropped(model: Any) -> Callable[[Any, Any], Any]:
+    model.insert(1, nn.Dropout(0.5))
+    farpoint.manual_seed(7)
+    return sgd(model)
+
+
+class TestLoops:
+    """Training loops as people write them."""
+
+    @pytest.mark.parametrize("verify", [False, True, 3])
+    @pytest.mark.parametrize("build", [sgd, scheduled, accumulated, dropped])
+    def test_a_plan_does_what_a_fresh_run_does(self, bob: VirtualWorker, build: Any, verify: Any) -> None:
+        made: list[Any] = []
+
+        def way(step: Any) -> Any:
+            made.append(farpoint.plan(verify=verify)(step))
+            return made[0]
+
+        plain, planned = trained(bob, lambda step: step, build), trained(bob, way, build)
+        assert all(torch.equal(a, b) for a, b in zip(plain, planned, strict=True))
+        assert made[0].replays >= 4
+        del way
+        made.clear()
+        gc.collect()
+        assert len(bob) == 0
+
+    @pytest.mark.parametrize("verify", [False, True, 5])
+    @pytest.mark.parametrize("build", [sgd, dropped])
+    def test_a_frozen_one_too(self, bob: VirtualWorker, build: Any, verify: Any) -> None:
+        made: list[Any] = []
+
+        def way(step: Any) -> Any:
+            made.append(farpoint.plan(frozen=True, verify=verify)(step))
+            return made[0]
+
+        plain, planned = trained(bob, lambda step: step, build), trained(bob, way, build)
+        assert all(torch.equal(a, b) for a, b in zip(plain, planned, strict=True))
+        assert made[0].runs == {False: 3, True: 12, 5: 5}[verify] and made[0].replays == 10
+        made.clear()
+        gc.collect()
+        assert len(bob) == 0
+
+
+class TestFrozen:
+    @pytest.fixture
+    def setting(self, bob: VirtualWorker) -> tuple[Any, ...]:
+        """Return a model, its optimizer, data, and the frozen plan of a step that is replayed already."""
+        model: Any = mlp().send(bob)  # type: ignore[operator]  # the hook's
+        optim = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def step(x: Any, y: Any) -> Any:
+            optim.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optim.step()
+            return loss
+
+        frozen = farpoint.plan(frozen=True)(step)
+        x, y = send(torch.randn(12, 4, generator=chance()), bob), send(LABELS, bob)
+        for _ in range(5):
+            frozen(x, y)
+        assert (frozen.runs, frozen.replays) == (3, 3)
+        return model, optim, x, y, frozen
+
+    @staticmethod
+    def twin(setting: Any) -> tuple[Any, Any, Callable[[], None]]:
+        """Return a model and an optimizer here that are what those there are, and a step of them."""
+        model, optim, x, y, _ = setting
+        here: Any = mlp()
+        for own, other in zip(here.parameters(), model.parameters(), strict=True):
+            own.data.copy_(other.detach().get(keep=True))
+            own.grad = other.grad.get(keep=True)
+        optim_here = torch.optim.SGD(here.parameters(), lr=0.1, momentum=0.9)
+        for own, other in zip(here.parameters(), model.parameters(), strict=True):
+            optim_here.state[own]["momentum_buffer"] = optim.state[other]["momentum_buffer"].get(keep=True)
+        x_here, y_here = x.get(keep=True), y.get(keep=True)
+
+        def step() -> None:
+            optim_here.zero_grad()
+            F.cross_entropy(here(x_here), y_here).backward()
+            optim_here.step()
+
+        return here, optim_here, step
+
+    @staticmethod
+    def equal(model: Any, here: Any) -> bool:
+        grads = all(torch.equal(a.grad.get(keep=True), b.grad) for a, b in zip(model.parameters(), here.parameters(), strict=True))
+        return grads and all(torch.equal(a.detach().get(keep=True), b) for a, b in zip(model.parameters(), here.parameters(), strict=True))
+
+    def test_what_it_leaves_is_the_latest(self, setting: Any) -> None:
+        model, optim, x, y, frozen = setting
+        here, optim_here, step = self.twin(setting)
+        grads = [id(p.grad) for p in model.parameters()]
+        for _ in range(3):
+            loss = frozen(x, y)
+            step()
+            assert self.equal(model, here)
+        assert grads == [id(p.grad) for p in model.parameters()] and frozen.runs == 3
+        assert loss.grad_fn is None and not loss.requires_grad
+        # What is done with it by hand goes on from there.
+        optim.step()
+        optim_here.step()
+        assert self.equal(model, here)
+        frozen(x, y)
+        step()
+        assert self.equal(model, here) and frozen.runs == 3
+
+    def test_what_is_given_up_is_recorded_anew(self, bob: VirtualWorker, setting: Any) -> None:
+        model, optim, x, y, frozen = setting
+        here, _, step = self.twin(setting)
+        optim.zero_grad()
+        frozen(x, y)
+        step()
+        assert self.equal(model, here) and frozen.runs == 4, "a gradient that was None is made by a run"
+        model.get()
+        model.send(bob)
+        for _ in range(4):
+            frozen(x, y)
+            step()
+            assert self.equal(model, here)
+        assert frozen.runs > 4 and frozen.replays > 3
+
+    def test_another_shape_is_another_recording(self, setting: Any) -> None:
+        model, _, x, y, frozen = setting
+        kept = [p.grad for p in model.parameters()]
+        for _ in range(4):
+            frozen(x[:6], y[:6])
+        assert frozen.runs == 5, "and two are enough to replay it"
+        here, _, step = self.twin(setting)
+        frozen(x, y)
+        step()
+        assert self.equal(model, here), "what the other recording has left is not what this one would find"
+        frozen(x, y)
+        step()
+        assert self.equal(model, here) and frozen.runs == 6
+        del kept
+
+    def test_results_are_new_each_time(self, setting: Any) -> None:
+        *_, x, y, frozen = setting
+        losses = [frozen(x, y) for _ in range(3)]
+        values = [loss.get().item() for loss in losses]
+        assert len(set(values)) == 3 and values == sorted(values, reverse=True)
+
+    def test_a_changed_number_is_found_by_verify(self, setting: Any) -> None:
+        model, optim, x, y, frozen = setting
+        here, optim_here, step = self.twin(setting)
+        optim_here.param_groups[0]["lr"] = optim.param_groups[0]["lr"] = 0.05
+        frozen.verify = True
+        with pytest.raises(PlanError, match=r"does something else now: the number -0\.1 the one time and -0\.05 the other") as caught:
+            frozen(x, y)
+        assert caught.value.where.startswith(__file__)
+        caught.value.__traceback__ = None
+        step()
+        assert self.equal(model, here), "the call has taken effect as the function says"
+        frozen(x, y)
+        step()
+        assert self.equal(model, here)
+
+    def test_a_number_that_changes_each_time_is_refused_with_its_line(self, bob: VirtualWorker) -> None:
+        names = user("n = 0.5\ndef f(p):\n    global n\n    n = n + 1\n    return p * n\n")
+        frozen = farpoint.plan(frozen=True)(names["f"])
+        p = send(torch.ones(2), bob)
+        found = [frozen(p).get()[0].item() for _ in range(9)]
+        assert found == [n + 1.5 for n in range(9)], "until then it is run, and right"
+        with pytest.raises(PlanError, match=r"in each of its last 8 calls.* the number 8\.5 the one time and 9\.5 the other") as caught:
+            frozen(p)
+        assert caught.value.where == "user.py:5" and names["n"] == 9.5
+
+    def test_it_holds_what_it_uses_until_it_dies(self, bob: VirtualWorker) -> None:
+        names = user("def f(p):\n    return p * w\n", w=send(torch.full((2,), 3.0), bob))
+        frozen = farpoint.plan(frozen=True)(names["f"])
+        p = send(torch.ones(2), bob)
+        for _ in range(3):
+            frozen(p)
+        del names["w"]
+        assert frozen(p).get().tolist() == [3, 3] and frozen.runs == 2
+        assert len(bob) == 2
+        del frozen, names
+        gc.collect()
+        assert len(bob) == 1
+
+    def test_a_state_that_is_replaced_by_each_call(self, bob: VirtualWorker) -> None:
+        state = {"mean": send(torch.zeros(2), bob)}
+
+        @farpoint.plan(frozen=True)
+        def update(p: Any) -> None:
+            state["mean"] = state["mean"] * 0.5 + p
+
+        for n in range(1, 9):
+            update(send(torch.full((2,), float(n)), bob))
+            expected = sum(k * 0.5 ** (n - k) for k in range(1, n + 1))
+            assert state["mean"].get(keep=True).tolist() == [expected] * 2
+        assert update.runs < 6
+        assert len(bob) == 1
+
+    def test_autograd_notices_what_a_replay_writes(self, setting: Any) -> None:
+        model, _, x, y, frozen = setting
+        loss = F.cross_entropy(model(x), y)
+        frozen(x, y)
+        assert frozen.runs == 3
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+class TestCalls:
+    def test_a_failure_names_the_line_in_the_function(self, bob: VirtualWorker) -> None:
+        for frozen in (False, True):
+            names = user("import torch\ndef f(p):\n    a = p + 1\n    b = torch.linalg.inv(a)\n    return b * 2\n")
+            f = farpoint.plan(frozen=frozen)(names["f"])
+            good, bad = send(torch.eye(2), bob), send(torch.zeros(2, 2), bob)
+            for _ in range(4):
+                f(good)
+            assert f.replays > 1
+            result = f(bad)
+            with pytest.raises(farpoint.RemoteExecutionError, match="singular") as caught:
+                result.get()
+            assert caught.value.line == "user.py:4"
+            caught.value.__traceback__ = None
+            assert torch.equal(f(good).get(), torch.linalg.inv(torch.eye(2) + 1) * 2)
+            del result
+
+    def test_an_error_of_the_function(self, bob: VirtualWorker) -> None:
+        done = []
+
+        @farpoint.plan
+        def f(p: Any, fail: bool) -> Any:
+            done.append(p.add_(1))
+            if fail:
+                raise ValueError("no")
+            return p * 2
+
+        p = send(torch.zeros(2), bob)
+        for n in range(8):
+            if n % 3 == 2:
+                with pytest.raises(ValueError, match="no"):
+                    f(p, True)
+            else:
+                assert f(p, False).get()[0].item() == 2 * (n + 1)
+        assert f.replays == 5
+
+    def test_methods_nesting_and_names(self, bob: VirtualWorker) -> None:
+        class Net:
+            def __init__(self, w: Any) -> None:
+                self.w = w
+
+            @farpoint.plan
+            def double(self, p: Any) -> Any:
+                """Twice."""
+                return p * self.w
+
+            @farpoint.plan
+            def four(self, p: Any) -> Any:
+                return self.double(self.double(p))
+
+        net, other = Net(send(torch.tensor(2.0), bob)), Net(send(torch.tensor(3.0), bob))
+        p = send(torch.ones(2), bob)
+        for _ in range(4):
+            assert net.four(p).get()[0] == 4 and other.four(p).get()[0] == 9
+        assert Net.four.replays == 7 and Net.double.calls == 0
+        assert Net.double.__name__ == "double" and Net.double.__doc__ == "Twice."
+        assert "7 of 8 calls were one message" in repr(Net.four)
+
+    def test_blocking_calls_are_no_plans(self, bob: VirtualWorker) -> None:
+        f = farpoint.plan(lambda p: p + 1)
+        p = send(torch.ones(2), bob)
+        with farpoint.blocking():
+            for _ in range(4):
+                assert f(p).get().tolist() == [2, 2]
+        assert f.calls == 0
+
+    def test_what_never_repeats_is_refused(self, bob: VirtualWorker) -> None:
+        names = user("n = 0\ndef f(p):\n    global n\n    n += 1\n    return p[:n] + 1\n")
+        f = farpoint.plan(names["f"])
+        p = send(torch.ones(20), bob)
+        for _ in range(9):
+            f(p)
+        with pytest.raises(PlanError, match=r"in each of its last 8 calls.* with other constants") as caught:
+            f(p)
+        assert caught.value.where == "user.py:5" and names["n"] == 9
+        assert f(p).shape == (10,), "who insists may go on"
+
+    def test_two_ways_to_one_worker_are_refused(self, bob: VirtualWorker, alice: VirtualWorker) -> None:
+        p = send(torch.ones(2), bob)
+        pp = send(p, alice)
+
+        @farpoint.plan
+        def f() -> Any:
+            pp.add_(1)
+            return p * 2
+
+        with pytest.raises(PlanError, match="reaches one worker by two ways"):
+            f()
+        assert p.get(keep=True).tolist() == [2, 2]
+
+        @farpoint.plan
+        def g() -> Any:
+            return p.add_(1)
+
+        for _ in range(4):  # each by the other way than the call before
+            pp.mul_(2)
+            g()
+        assert p.get().tolist() == [47, 47] and g.replays == 3
+
+    def test_another_thread_sends_meanwhile(self, bob: VirtualWorker) -> None:
+        outer = send(torch.ones(2), bob)
+
+        @farpoint.plan
+        def f(p: Any) -> Any:
+            nonlocal outer
+            old, outer = outer, p * 2
+            q = old + p
+            del old
+            thread = threading.Thread(target=bob.flush)
+            thread.start()
+            thread.join()
+            return q * outer
+
+        p = send(torch.ones(2), bob)
+        results = [f(p).get().tolist() for _ in range(5)]
+        assert results == [[4, 4], *([[6, 6]] * 4)] and f.replays == 4
+        assert len(bob) == 2
+
+    def test_too_many_commands(self, bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, plan_commands=3))
+        names = user("def f(p, n):\n    for _ in range(n):\n        p.add_(1)\n    return p\n")
+        f = farpoint.plan(names["f"])
+        p = send(torch.zeros(2), bob)
+        for _ in range(3):
+            f(p, 3)
+        with pytest.raises(PlanError, match="issues more than 3 commands to bob") as caught:
+            f(p, 4)
+        assert caught.value.where == "user.py:3" and f.replays == 2 and p.get().tolist() == [12, 12]
+
+    def test_a_worker_takes_only_so_many_plans(self, bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, plans=2))
+        p = send(torch.ones(2), bob)
+        plans: list[Any] = [farpoint.plan(lambda q, n=n: q + n) for n in range(3)]
+        plans = [farpoint.plan(f) for f in (lambda q: q + 1, lambda q: q * 2, lambda q: q - 1)]
+        for f in plans:
+            for _ in range(3):
+                f(p)
+        assert [f.replays for f in plans] == [2, 2, 0], "then one by one"
+        (guest,) = bob._worker.guests.values()
+        assert set(guest.macros) == {0, 1}
+        del f
+        del plans[0]
+        gc.collect()
+        bob.synchronize()
+        assert set(guest.macros) == {1}, "who is gone makes room"
+        plans[1](p)
+        assert plans[1].replays == 1
+
+    def test_a_new_life_of_the_worker(self, bob: VirtualWorker) -> None:
+        for frozen in (False, True):
+            names: dict[str, Any] = {"model": mlp().send(bob)}  # type: ignore[operator]  # the hook's
+            f = farpoint.plan(frozen=frozen)(lambda p, names=names: names["model"](p))
+            p = send(torch.ones(2, 4), bob)
+            expected = [f(p).detach().get() for _ in range(4)]
+            with pytest.warns(UserWarning, match="replaced"):
+                bob = VirtualWorker(id="bob")
+            with pytest.raises(farpoint.WorkerLostError):
+                f(p)
+            names["model"] = mlp().send(bob)  # type: ignore[operator]  # the hook's
+            p = send(torch.ones(2, 4), bob)
+            assert all(torch.equal(f(p).detach().get(), expected[0]) for _ in range(4))
+            assert f.replays > 3
+        bob.close()
 
 
 class TestRefusals:

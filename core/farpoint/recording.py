@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from farpoint.peer import Peer
     from farpoint.pointer import PointerTensor
     from farpoint.references import Reference
+    from farpoint.route import Route
     from farpoint.spec import TensorSpec
     from farpoint.template import Template
     from farpoint.worker import Worker
@@ -125,9 +126,10 @@ class Run:
     Attributes:
         streams: What was issued, by worker.
         held: Whether it is held back.
-        used: The first pointer that named an id, if watched.
-        made: References that were made, by id, if watched.
-        specs: Metadata, by id, if watched.
+        used: The pointer to each object that was there before, by worker and id, if watched.
+        versions: The versions of these before.
+        made: References that were made, if watched.
+        specs: The way to what was made, and its metadata, if watched.
     """
 
     def __init__(self, owner: Worker, name: str, *, watched: bool) -> None:
@@ -138,7 +140,8 @@ class Run:
         self.held = True
         self.used: dict[tuple[Peer, int], PointerTensor] = {}
         self.made: dict[tuple[Peer, int], weakref.ref[Reference]] = {}
-        self.specs: dict[tuple[Peer, int], TensorSpec] = {}
+        self.versions: dict[tuple[Peer, int], int] = {}
+        self.specs: dict[tuple[Peer, int], tuple[Route, TensorSpec]] = {}
 
     def __enter__(self) -> Self:
         runs.add(self)
@@ -168,7 +171,7 @@ def current() -> Run | None:
 def hold(peer: Peer, template: Template, values: list[Any], results: list[int], origin: Origin, nbytes: int) -> bool:
     """Hold a command back, if it is one of a plan. The arguments are those of `Peer.run`."""
     run = _thread.run
-    if run is None or not run.held or peer.owner is not run.owner:
+    if run is None or not run.held or peer.owner is not run.owner or peer.channel.lost is not None:
         return False
     stream = run.streams.get(peer)
     if stream is None:
@@ -204,8 +207,10 @@ def used(tensors: Sequence[Any]) -> None:
     for tensor in tensors:
         reference = getattr(tensor, "_reference", None)
         if reference is not None:
-            run.used.setdefault((reference.peer, reference.id), tensor)
-            run.specs.setdefault((reference.peer, reference.id), tensor._spec)
+            name = (reference.peer, reference.id)
+            if name not in run.used and name not in run.made:
+                run.used[name] = tensor
+                run.versions[name] = tensor._version
 
 
 def made(pointer: PointerTensor) -> None:
@@ -216,7 +221,7 @@ def made(pointer: PointerTensor) -> None:
     reference = pointer._reference
     if reference is not None:
         run.made[reference.peer, reference.id] = weakref.ref(reference)
-        run.specs[reference.peer, reference.id] = pointer._spec
+        run.specs[reference.peer, reference.id] = (pointer._route, pointer._spec)
 
 
 @contextmanager

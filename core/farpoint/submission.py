@@ -29,52 +29,61 @@ class Variants:
         Raises:
             FarpointError: The session is over.
         """
+        registration, fresh = self.register(stream)
+        if registration is None:
+            stream.send()
+            return False
+        ids, stream.ids = stream.ids, []
+        send_plan(stream.peer, registration, stream, ids, stream.values, ids, fresh=fresh)
+        return True
+
+    def register(self, stream: Stream) -> tuple[Registration | None, bool]:
+        """Return the number of the plan for a stream, None if it has none yet, and whether the worker must be told of it."""
         key = tuple(stream.commands)
         peer = stream.peer
         known = key in self._known
         registration = self._known.pop(key, None)
-        fresh = known and registration is None
+        fresh = known and registration is None and _fits(stream)
         if fresh:
             registration = peer.plans.new(peer.limits.plans)
         self._known[key] = registration
         while len(self._known) > VARIANTS:
             self._known.popitem(last=False)
-        if registration is None or len(stream.values) > peer.limits.array_items:
-            stream.send()
-            return False
-        send_plan(stream, registration, fresh=fresh)
-        return True
-
-    def latest(self) -> tuple[Command, ...]:
-        """Return the stream that was seen last."""
-        return next(reversed(self._known), ())
+        return registration, fresh
 
 
-def send_plan(stream: Stream, registration: Registration, *, fresh: bool) -> None:
+def send_plan(
+    peer: Peer, registration: Registration, stream: Stream, ids: list[int], values: list[Any], given_up: list[int], *, fresh: bool
+) -> None:
     """Send the one message that has a worker carry a stream out.
 
     Args:
-        stream: What is to be done. It holds nothing afterwards.
+        peer: The worker.
         registration: The number of the plan.
+        stream: What is to be done.
+        ids: The id in each place.
+        values: The numbers and small tensors in it.
+        given_up: Ids of which one reference is given up with it.
         fresh: Whether the worker must be told of the plan first.
     """
-    peer = stream.peer
     _make_room(peer, len(stream.commands))
-    ids, stream.ids = stream.ids, []
-    try:
-        with peer.channel.lock:
-            if fresh:
-                peer.channel.submit([int(Kind.PLAN), registration.number, _spell(peer, stream.commands)])
-            released = [object_id for gone in peer.references.take_released() for object_id in gone]
-            packed = pack(ids)
-            released += peer.references.unpin(ids)
-            message: list[Any] = [int(Kind.RUNPLAN), registration.number, packed, stream.values, pack(released)]
-            number = peer.channel.submit(message)
-            peer.answers.issued.append((number, (tuple(stream.origins), 0)))
-            peer.take_room(len(stream.commands))
-    finally:
-        stream.openly = []
+    with peer.channel.lock:
+        if fresh:
+            peer.channel.submit([int(Kind.PLAN), registration.number, _spell(peer, stream.commands)])
+        released = [object_id for gone in peer.references.take_released() for object_id in gone]
+        released += peer.references.unpin(given_up)
+        number = peer.channel.submit([int(Kind.RUNPLAN), registration.number, pack(ids), values, pack(released)])
+        peer.answers.issued.append((number, (tuple(stream.origins), 0)))
+        peer.take_room(len(stream.commands))
     peer.soon()
+
+
+def _fits(stream: Stream) -> bool:
+    """Return whether a plan, and a call of it, are no larger than a message may be."""
+    limits = stream.peer.limits
+    items = sum(3 + len(operands) + len(results) for _, operands, results in stream.commands)
+    largest = 9 * max(items, 2 * len(stream.ids) + len(stream.values))  # bytes at most
+    return len(stream.values) <= limits.array_items and largest <= limits.header_bytes // 2
 
 
 def _make_room(peer: Peer, commands: int) -> None:
@@ -106,5 +115,5 @@ def difference(before: Stream, now: Stream) -> tuple[str, str]:
     longer = max(before, now, key=lambda stream: len(stream.commands))
     position = min(len(before.commands), len(now.commands))
     if position == len(longer.commands):
-        return "nothing", ""
+        return "", ""
     return f"{longer.commands[position][0].operation.name} the one time and nothing the other", spell(longer.origins[position])
