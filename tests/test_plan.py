@@ -19,10 +19,12 @@ from torch import nn
 import farpoint
 from farpoint import PlanError, VirtualWorker
 from farpoint.answers import Reply
+from farpoint.channel import BATCH
 from farpoint.limits import Limits
 from farpoint.macro import apart, pack, step_number
 from farpoint.peer import RUN, SYNC, Peer
 from farpoint.protocol.messages import Kind
+from farpoint.terms import read_terms
 from farpoint.worker import Worker
 from wire import RawClient, check_books, new_worker, stocked
 
@@ -557,6 +559,47 @@ class TestCalls:
         results = [f(p).get().tolist() for _ in range(5)]
         assert results == [[4, 4], *([[6, 6]] * 4)] and f.replays == 4
         assert len(bob) == 2
+
+    def test_a_long_plan_goes_on_along_a_chain_in_packets_that_are_taken(
+        self, bob: VirtualWorker, alice: VirtualWorker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        @farpoint.plan
+        def f(p: Any) -> None:
+            for _ in range(1500):
+                p.add_(1)
+
+        pp = send(torch.zeros(2), bob, alice)
+        for _ in range(3):
+            f(pp)
+        (peer,) = alice._worker.peers.values()
+        pack_all, sizes = peer.channel.session.pack, []
+
+        def packed(most: int | None = None) -> list[Any] | None:
+            packet = pack_all(most)
+            sizes.append(len(packet[3]) if packet is not None else 0)
+            return packet
+
+        monkeypatch.setattr(peer.channel.session, "pack", packed)
+        for _ in range(5):
+            f(pp)
+        assert f.replays == 7 and max(sizes) == BATCH and sum(sizes) >= 7500
+        assert pp.get().get().tolist() == [12_000, 12_000]
+
+    def test_a_worker_of_before_gets_no_plans(self) -> None:
+        terms = read_terms({"limits": {"templates": 5}}, "", Limits())
+        assert terms.limits.plans == 0 and terms.limits.templates == 5
+        assert read_terms({"limits": {"plans": 7}}, "", Limits()).limits.plans == 7
+        assert read_terms({"limits": {"plans": -1}}, "", Limits()).limits.plans == Limits().plans
+
+    def test_more_templates_than_slots(self, bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, templates=4))
+        p = send(torch.arange(6.0), bob)
+        f = farpoint.plan(lambda q: q.neg().abs().add(1).sqrt())
+        for n in range(5):
+            assert torch.equal(f(p).get(), (torch.arange(6.0) + 1).sqrt())
+            for other in (p.exp(), p.sin(), p.cos())[: n % 4]:  # which take slots from it
+                other.free()
+        assert f.replays == 4
 
     def test_too_many_commands(self, bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, plan_commands=3))

@@ -171,28 +171,27 @@ class Macros:
         """Carry out what a RUNPLAN has brought. Others are served between its commands, as they are between those of a packet."""
         unfolding, guest.unfolding = guest.unfolding, None
         assert unfolding is not None
-        ids, values = unfolding.ids, iter(unfolding.values)
+        ids, values, dying = unfolding.ids, iter(unfolding.values), unfolding.dying
+        lock, perform = self._worker.lock, self._perform
         for position, step in enumerate(unfolding.macro.steps):
+            template = step.template
             given = [next(values) if place < 0 else ids[place] for place in step.operands]
             results = [0 if place < 0 else ids[place] for place in step.results]
-            with self._worker.lock:
+            with lock:
                 if guest.left:
                     return
-                self._step(guest, step_number(number, position + 1), step.template, given, results)
-                if position in unfolding.dying:
-                    self._release(guest, unfolding.dying[position])
+                number += _STEPS
+                try:
+                    if type(template) is dict:
+                        raise Poisoned(template)
+                    perform(guest, number, template, given, results)  # type: ignore[arg-type]  # it is no dict
+                except Exception as error:
+                    name = "RUNPLAN" if isinstance(template, dict) else template.operation.name
+                    self._worker.failed(guest, number, error, name, results)
+                if position in dying:
+                    self._release(guest, dying[position])
             if guest.doomed is not None:
                 return
-
-    def _step(self, guest: Guest, number: int, template: Template | dict[str, Any], given: list[Any], results: list[int]) -> None:
-        name = "RUNPLAN"
-        try:
-            if isinstance(template, dict):
-                raise Poisoned(template)
-            name = template.operation.name
-            self._perform(guest, number, template, given, results)
-        except Exception as error:
-            self._worker.failed(guest, number, error, name, results)
 
     def _release(self, guest: Guest, object_ids: list[int]) -> None:
         holders = self._worker.holders

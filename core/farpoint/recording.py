@@ -70,6 +70,7 @@ class Stream:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
+        self._references = peer.references
         self.commands: list[Command] = []
         self.ids: list[int] = []
         self.places: dict[int, int] = {}
@@ -82,11 +83,13 @@ class Stream:
         """Take a command. What it names is held until the stream is sent, whoever gives it up."""
         named = [-1] * len(values)
         for hole in template.tensors:
-            if type(values[hole]) is int:
-                named[hole] = self._place(values[hole])
-        self.values += [value for value, place in zip(values, named, strict=True) if place < 0]
-        made = [self._place(result) if result else -1 for result in results]
-        self.results.update(made)
+            value = values[hole]
+            if type(value) is int:
+                place = self.places.get(value)
+                named[hole] = self._find(value) if place is None else place
+        if -1 in named:
+            self.values += [value for value, place in zip(values, named, strict=True) if place < 0]
+        made = [self._make(result) if result else -1 for result in results]
         self.commands.append((template, tuple(named), tuple(made)))
         self.origins.append(origin)  # type: ignore[arg-type]  # of a line of the user's, always
         self.openly.append((template, values, results, origin, nbytes))
@@ -106,12 +109,17 @@ class Stream:
         self.peer.references.dropped.extend(self.ids)
         self.ids, self.values, self.openly = [], [], []
 
-    def _place(self, object_id: int) -> int:
-        place = self.places.get(object_id)
-        if place is None:
-            place = self.places[object_id] = len(self.ids)
-            self.ids.append(object_id)
-            self.peer.references.pin(object_id)
+    def _find(self, object_id: int) -> int:
+        place = self.places[object_id] = len(self.ids)
+        self.ids.append(object_id)
+        self._references.pin(object_id)
+        return place
+
+    def _make(self, object_id: int) -> int:
+        place = self.places[object_id] = len(self.ids)
+        self.ids.append(object_id)
+        self.results.add(place)
+        self._references.pin_new(object_id)
         return place
 
 

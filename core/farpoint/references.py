@@ -71,6 +71,10 @@ class References:
         with self._peer.channel.lock:
             self._counts[object_id] = self._counts.get(object_id, 0) + 1
 
+    def pin_new(self, object_id: int) -> None:
+        """Do as `pin` for what `new_id` has just returned: nobody else knows it."""
+        self._counts[object_id] += 1
+
     def unpin(self, ids: list[int]) -> list[int]:
         """Give pins up, and return the ids of which nothing is held any more, for the caller to tell. The channel's lock is held."""
         gone = []
