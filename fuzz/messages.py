@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 
+from farpoint.macro import pack
 from farpoint.protocol.messages import Kind
 
 SPEC: Final = [[2, 3], [3, 1], 0, "float32", False, False]
@@ -37,6 +38,8 @@ COMMANDS: Final[list[list[Any]]] = [
     [Kind.LOCATE, 6],
     [Kind.READ, 6, 0, 1024],
     [Kind.SEED, 2**63],
+    [Kind.PLAN, 0, [[0, [0, 1, -1], [2]], [1, [2], [-1]]]],
+    [Kind.RUNPLAN, 0, pack([3, 4, 12]), [2.5], pack([12, 5])],
 ]
 """What a client says."""
 

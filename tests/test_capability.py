@@ -182,10 +182,11 @@ class TestThreeParties:
         ):
             with pytest.raises(PermissionDeniedError, match="introduced by another client"):
                 mallory.request(message)
-        mallory.tell([int(Kind.SEED), 0])
-        mallory.request([int(Kind.SYNC), [], []])
-        with pytest.raises(PermissionDeniedError, match="introduced by another client"):
-            mallory.answers.raise_orphan()
+        for unanswered in ([int(Kind.SEED), 0], [int(Kind.PLAN), 0, []], [int(Kind.RUNPLAN), 0, b"", [], b""]):
+            mallory.tell(unanswered)
+            mallory.request([int(Kind.SYNC), [], []])
+            with pytest.raises(PermissionDeniedError, match="introduced by another client"):
+                mallory.answers.raise_orphan()
         assert len(bob) == 2
         for capability in ("", invitation, handed(town, other, mallory), "fp1.AAAA.AAAA"):
             with pytest.raises(CapabilityError):

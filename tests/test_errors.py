@@ -37,6 +37,7 @@ SAMPLES: list[FarpointError] = [
     errors.ValueNotHereError("p.item()", "bob"),
     errors.ResizedOutputError("aten::add.out", "[0]", "[2]"),
     errors.ForkedPointerError("a pointer to bob"),
+    errors.PlanError("step", "reads a value", "train.py:7", "p.get() what it returns"),
     errors.ObjectNotFoundError(7, "bob", "it was freed"),
     errors.WorkerNotFoundError("bob", ["carol", "alice"]),
     errors.WorkerLostError("bob", "it was closed at train.py:7"),

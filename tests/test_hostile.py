@@ -44,7 +44,7 @@ def mallory(request: pytest.FixtureRequest, bob: Worker) -> RawClient:
 
 class TestLinks:
     def test_an_unknown_kind_is_unimplemented_and_not_fatal(self, bob: Worker, mallory: RawClient) -> None:
-        for kind in (0, 20, 63, int(Kind.ANSWER), int(Kind.FAILURE), 66, -1, 2**63, 2**64 - 1):
+        for kind in (0, 22, 63, int(Kind.ANSWER), int(Kind.FAILURE), 66, -1, 2**63, 2**64 - 1):
             error, text = mallory.error([kind, 1, 2])
             assert error == "ProtocolError" and "unimplemented" in text
         assert not mallory.over and next(iter(bob.guests.values())).bad == 0

@@ -9,10 +9,10 @@ import pytest
 
 from farpoint import RemoteWorker, VirtualWorker, remote
 from farpoint.isolation.processes import zygote
-from farpoint.testing.laws import TestL9ErrorsHappenWhereYouMadeThem, TestL12TorchIsTorch
+from farpoint.testing.laws import TestL9ErrorsHappenWhereYouMadeThem, TestL12TorchIsTorch, TestPlans
 from farpoint.worker import Worker
 
-__all__ = ["TestL9ErrorsHappenWhereYouMadeThem", "TestL12TorchIsTorch"]
+__all__ = ["TestL9ErrorsHappenWhereYouMadeThem", "TestL12TorchIsTorch", "TestPlans"]
 
 
 @pytest.fixture(scope="module", autouse=True)

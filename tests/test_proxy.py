@@ -59,7 +59,7 @@ class Place:
         execute = self.worker.execute
 
         def counted(guest: Any, number: int, message: list[Any]) -> None:
-            if message[0] == Kind.RUN:
+            if message[0] in (Kind.RUN, Kind.RUNPLAN):
                 self.executed.append((guest.holder, number))
             execute(guest, number, message)
 
@@ -110,6 +110,26 @@ def test_dependent_operations(stack: ExitStack, scheme: str, seed: int) -> None:
             x = (x + term) * factor
     assert torch.equal(p.get(), x), "out of order, or not all of it, or some of it twice"
     assert len(place.executed) == len(set(place.executed)) == 4000
+    place.check_empty()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("scheme", "seed"), seeds())
+def test_plans(stack: ExitStack, scheme: str, seed: int, frozen: bool) -> None:
+    place = Place(stack, scheme, seed, CUTS)
+    x: Any = torch.arange(8)
+    p = x.send(place.handle)
+
+    @farpoint.plan(frozen=frozen)
+    def step(q: Any) -> Any:
+        return q.mul_(3).add_(7) + 1
+
+    for _ in range(600):
+        q = step(p)
+        x.mul_(3).add_(7)
+    assert torch.equal(q.get(), x + 1) and torch.equal(p.get(), x), "out of order, or not all of it, or some of it twice"
+    assert step.replays >= 598 and len(place.executed) == len(set(place.executed)) < 610
+    del step
     place.check_empty()
 
 

@@ -243,3 +243,13 @@ def test_what_is_no_packet_is_refused_and_changes_nothing(packet: Any) -> None:
     with pytest.raises(ProtocolError):
         worker.receive(packet)
     assert vars(worker) == before
+
+
+def test_a_packet_holds_no_more_than_it_may() -> None:
+    client, worker = Session(b"c" * 16, b"w" * 16), Session(b"w" * 16, b"c" * 16)
+    for number in range(1, 8):
+        client.submit([number])
+    packets = [client.pack(3) for _ in range(3)]
+    assert client.pack(3) is None and client.waiting == 0
+    assert [packet[1] for packet in packets if packet] == [1, 4, 7]
+    assert [message for packet in packets for message in worker.receive(packet)] == [(n, [n]) for n in range(1, 8)]

@@ -12,6 +12,7 @@ import torch
 
 from farpoint.errors import FarpointError
 from farpoint.limits import DEFAULT_LIMITS, Limits
+from farpoint.macro import pack
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import ANSWERS, CHUNK, COMMANDS, FAILURE, WHOLE, brief, check_run
 from farpoint.worker import Worker
@@ -46,6 +47,8 @@ def samples() -> dict[int, list[Any]]:
         Kind.TRANSFER: [Kind.TRANSFER, "Commit", [7], None],
         Kind.LIST: [Kind.LIST, 0],
         Kind.SEED: [Kind.SEED, 2**64 - 1],
+        Kind.PLAN: [Kind.PLAN, 1, [[0, [0, 1], [2]], [0, [-1, 2], [-1]]]],
+        Kind.RUNPLAN: [Kind.RUNPLAN, 0, pack([1, 2, 16]), [], pack([2])],
         Kind.READ: [Kind.READ, 1, 0, 4],
         Kind.LOCATE: [Kind.LOCATE, 1],
     }
@@ -66,14 +69,16 @@ def bob() -> Iterator[Worker]:
 
 @pytest.fixture(params=["msgpack", "torch"])
 def mallory(request: pytest.FixtureRequest, bob: Worker) -> RawClient:
-    return stocked(RawClient(bob.url, request.param))
+    mallory = stocked(RawClient(bob.url, request.param))
+    mallory.say([int(Kind.PLAN), 0, [[0, [0, 1], [2]]]])
+    return mallory
 
 
 class TestShapes:
     def test_every_command_has_one(self, bob: Worker) -> None:
         in_either_direction = {Kind.CHUNK, Kind.WHOLE}
         assert set(COMMANDS) == set(bob._commands) == {kind for kind in Kind if kind < Kind.ANSWER} - in_either_direction
-        unanswered = {Kind.DEFINE, Kind.RUN, Kind.PUT, Kind.RELEASE, Kind.TAG, Kind.TRANSFER, Kind.SEED}
+        unanswered = {Kind.DEFINE, Kind.RUN, Kind.PUT, Kind.RELEASE, Kind.TAG, Kind.TRANSFER, Kind.SEED, Kind.PLAN, Kind.RUNPLAN}
         assert set(ANSWERS) | {Kind.FETCH} == set(COMMANDS) - unanswered
 
     def test_every_field_is_documented(self) -> None:
@@ -142,6 +147,7 @@ class TestShapes:
             ([Kind.RUN, 0, [1, 2], [0] * 1025], "results"),
             ([Kind.ASK, 0, [1, 2], list(range(10, 1036))], "results"),
             ([Kind.SEARCH, ["x"] * 17], "tags"),
+            ([Kind.PLAN, 1, [[0, [0, 1], list(range(1025))]]], "results"),
         ],
         ids=lambda value: value if isinstance(value, str) else Kind(value[0]).name,
     )

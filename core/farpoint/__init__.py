@@ -25,6 +25,7 @@ from farpoint.errors import (
     OperationNotAllowedError,
     OperationTimeoutError,
     PermissionDeniedError,
+    PlanError,
     PluginError,
     PointerError,
     PointerSpentError,
@@ -47,6 +48,7 @@ from farpoint.factories import on
 from farpoint.handover import get, move
 from farpoint.hook import TorchHook
 from farpoint.multi import MultiPointer, send
+from farpoint.plan import Plan, plan
 from farpoint.pointer import PointerTensor
 from farpoint.progress import progress
 from farpoint.remote import RemoteWorker, VirtualWorker, manual_seed, me
@@ -73,6 +75,8 @@ __all__ = [
     "OperationNotAllowedError",
     "OperationTimeoutError",
     "PermissionDeniedError",
+    "Plan",
+    "PlanError",
     "PluginError",
     "PointerError",
     "PointerSpentError",
@@ -107,6 +111,7 @@ __all__ = [
     "me",
     "move",
     "on",
+    "plan",
     "progress",
     "send",
 ]

@@ -82,8 +82,9 @@ class Answers:
             if about == 0:
                 peer.channel.fail(TransportError(peer.url, f"{peer.name} ended the link: {content['text']}"))
                 return
+            step = content.get("step")
             content = read_failure(content, peer.name)
-            self._note(about, content, awaited=reply is not None)
+            self._note(about, step if type(step) is int else 0, content, awaited=reply is not None)
             if reply is not None:
                 reply.error = content
         elif reply is not None:
@@ -172,9 +173,11 @@ class Answers:
         finally:
             reply.done.set()
 
-    def _note(self, about: int, failure: dict[str, Any], *, awaited: bool) -> None:
+    def _note(self, about: int, step: int, failure: dict[str, Any], *, awaited: bool) -> None:
         owner = self._peer.owner
         origin = next((place for number, place in reversed(self.issued) if number == about), NOWHERE)
+        if isinstance(origin[0], tuple):
+            origin = origin[0][step - 1] if 0 < step <= len(origin[0]) else origin[0][0]
         if origin[0] == LOCAL:  # it was said about a move
             owner.movers.unheard(self._peer, origin[1], failure["text"], forbidden=failure["kind"] == "PermissionDeniedError")
             return

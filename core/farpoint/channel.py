@@ -213,9 +213,9 @@ class Channel:
             lane = self.lane
             if self.lost is not None or lane is None:
                 return
-            packet = self.session.pack()
             direct = not lane.busy and self._may_write()
-            if packet is not None:
+            # What a worker passes on of a plan is far more than what anybody issues between two packets.
+            while (packet := self.session.pack(BATCH)) is not None:
                 frames = self.serializer.encode(packet)
                 # Frames alias tensors that may change as soon as this call returns; whoever writes will not be done by then.
                 lane.out.append(frames if direct else [bytes(frame) for frame in frames])

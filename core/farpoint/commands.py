@@ -72,6 +72,8 @@ class Commands:
             int(Kind.LOCATE): self._locate,
             int(Kind.READ): self._read,
             int(Kind.SEED): self._seed,
+            int(Kind.PLAN): self._worker.macros.keep,
+            int(Kind.RUNPLAN): self._worker.macros.run,
         }
 
     def _define(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -102,6 +104,18 @@ class Commands:
             if slot in guest.refused:
                 raise Poisoned(guest.refused[slot])
             raise MalformedMessageError("RUN", "slot", "one that was defined", str(slot))
+        self.perform(guest, number, template, given, results)
+
+    def perform(self, guest: Guest, number: int, template: Template, given: list[Any], results: list[int]) -> None:
+        """Run a template.
+
+        Args:
+            guest: Who wants it.
+            number: By which command.
+            template: What runs.
+            given: What fills its holes, not checked yet.
+            results: Ids for what it returns, 0 for what is discarded.
+        """
         if len(given) != template.size:
             raise MalformedMessageError("RUN", "values", f"{template.size} for {template.operation.name}", str(len(given)))
         for result in results:

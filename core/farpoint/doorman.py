@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from farpoint.peer import Peer
     from farpoint.worker import Worker
 
-FOR_CLIENTS = (Kind.PUT, Kind.LINK, Kind.SEARCH, Kind.LIST, Kind.CLEAR, Kind.SEED)
+FOR_CLIENTS = (Kind.PUT, Kind.LINK, Kind.SEARCH, Kind.LIST, Kind.CLEAR, Kind.SEED, Kind.PLAN, Kind.RUNPLAN)
 """What only somebody with a token of their own may ask."""
 
 _REMEMBERED = 4096

@@ -10,6 +10,7 @@ what to type next::
     │   ├── ResizedOutputError (ValueError)   out= has another shape than the result
     │   ├── ValueNotHereError                 bool(p), p.item(), numpy.asarray(p): the value is elsewhere
     │   └── ForkedPointerError                the pointer was made before this process was forked
+    ├── PlanError (RuntimeError)            a function cannot be a plan, or is not the one that was recorded
     ├── ObjectNotFoundError (LookupError)   a worker has no such object, or you hold no reference to it
     ├── WorkerNotFoundError (LookupError)   nobody of that name is known
     ├── WorkerLostError (ConnectionError)   the worker, or the way to it, is gone
@@ -170,6 +171,25 @@ class ForkedPointerError(PointerError):
             f"{pointer} belongs to the process that made it, and this is a forked child: both would speak over one "
             "session. Connect in the child, or load data with num_workers=0."
         )
+
+
+class PlanError(FarpointError, RuntimeError):
+    """A function cannot be carried out as a plan, or does something else than what was recorded.
+
+    Attributes:
+        plan: Name of the function.
+        reason: What it does.
+        where: File and line that does it, where known.
+        fix: What to do about it.
+    """
+
+    def __init__(self, plan: str, reason: str, where: str, fix: str) -> None:
+        self.plan = plan
+        self.reason = reason
+        self.where = where
+        self.fix = fix
+        at = f" at {where}" if where else ""
+        super().__init__(f"the plan {plan} {reason}{at}: {fix}.")
 
 
 class ObjectNotFoundError(FarpointError, LookupError):

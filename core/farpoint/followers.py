@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from farpoint import handover
+from farpoint import handover, recording
 from farpoint.pointer import PointerTensor
 
 _moves = count(1)
@@ -29,7 +29,7 @@ def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _seen.get(optimizer) == _last:
         return
     now = _last
-    with torch.no_grad():
+    with recording.openly(), torch.no_grad():
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 state[name] = beside(value, parameter)

@@ -23,6 +23,7 @@ from farpoint.errors import (
 )
 from farpoint.executor import Executor
 from farpoint.failures import describe_failure
+from farpoint.macro import Macro, Unfolding, apart
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
@@ -171,6 +172,8 @@ class Guest:
         bad: How many malformed messages have come.
         doomed: Why its link is about to be closed.
         reading: What it reads piece by piece, as it is stored and as bytes.
+        macros: The plans that it has registered, by number.
+        unfolding: What a RUNPLAN has brought, until it is carried out.
         left: Whether it is gone, and what it held with it.
         gone: Set as soon as it is, for whoever waits for that.
         away: Whether its lease has run out, and it may still come back.
@@ -193,6 +196,9 @@ class Guest:
         self.templates: dict[int, Template] = {}
         self.refused: dict[int, dict[str, Any]] = {}
         self.template_items = 0
+        self.macros: dict[int, Macro] = {}
+        self.unfolding: Unfolding | None = None
+        self._told: tuple[int, set[int]] = (0, set())
         self.reaches: set[Peer] = set()
         self.moves = 0
         self.bad = 0
@@ -298,7 +304,16 @@ class Guest:
                 self.worker.dirty.add(self)
 
     def fail(self, number: int, failure: dict[str, Any]) -> None:
-        """Report that a command failed."""
+        """Report that a command failed, or a step of one."""
+        number, step = apart(number)
+        if step:
+            # What follows from one failure fails for the same reason, which is told once.
+            if self._told[0] != number:
+                self._told = (number, set())
+            if failure["uid"] in self._told[1]:
+                return
+            self._told[1].add(failure["uid"])
+            failure = {**failure, "step": step}
         self._say([int(Kind.FAILURE), number, failure])
 
     def malformed(self) -> None:

@@ -25,6 +25,8 @@ class Limits:
         tensor_list: Tensors in one list argument of an operation.
         templates: Command templates that a session may define.
         template_items: Arguments, and items of arguments, in all of them together.
+        plans: Plans that a session may register.
+        plan_commands: Commands of one plan.
         hops: Pointers that one chain may consist of.
         error_chars: Characters of an error text that travels.
         traceback_chars: Characters of a traceback that travels.
@@ -69,6 +71,8 @@ class Limits:
     tensor_list: int = 1_024
     templates: int = 4_096
     template_items: int = 2**20
+    plans: int = 256
+    plan_commands: int = 8_192
     hops: int = 8
     error_chars: int = 500
     traceback_chars: int = 8_000

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from farpoint import recording
 from farpoint.access import NO_CREDENTIALS, Credentials
 from farpoint.answers import Answers, Reply
 from farpoint.approach import Approach, come_back
@@ -32,6 +33,7 @@ from farpoint.progress import progress_bar
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.session import Session
 from farpoint.provenance import NOWHERE, Origin
+from farpoint.recording import PlanNumbers
 from farpoint.references import References
 from farpoint.terms import Terms, read_terms
 
@@ -64,6 +66,7 @@ class Peer:
         terms: What the worker has told.
         references: To its objects.
         answers: What it is asked.
+        plans: The numbers of the plans that it keeps for us.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Peer:
         self.terms = Terms(self.limits, url)
         self.references = References(self)
         self.answers = Answers(self)
+        self.plans = PlanNumbers()
         self._slots: dict[int, tuple[int, Template]] = {}
         self._welcomed = False
         self._deferred: list[Callable[[FarpointError | None], None]] = []
@@ -229,6 +233,8 @@ class Peer:
             origin: Where it comes from.
             nbytes: Bytes that the results take there. When they add up the batch is sent early: releases must not wait.
         """
+        if recording.runs and recording.hold(self, template, values, results, origin, nbytes):
+            return
         channel = self.channel
         if channel.session.submitted >= self._room:
             self.make_room()
@@ -268,6 +274,15 @@ class Peer:
         else:
             self.owner.dirty.add(self)
 
+    def await_room(self) -> None:
+        """Wait, if very many commands are under way."""
+        if self.channel.session.submitted >= self._room:
+            self.make_room()
+
+    def take_room(self, commands: int) -> None:
+        """Count the commands of a plan, of which the message counts as one. The channel's lock is held."""
+        self._room -= commands
+
     def make_room(self) -> None:
         """Wait until not too many commands are under way, here and wherever they are passed on to.
 
@@ -306,6 +321,8 @@ class Peer:
             origin: Where it comes from.
             nbytes: Bytes that it adds there.
         """
+        if recording.runs:
+            recording.check(self, message)
         if self.channel.session.submitted >= self._room:
             self.make_room()
         with self.channel.lock:
@@ -327,6 +344,8 @@ class Peer:
             tensor: The tensor, dense; nobody changes it.
             origin: Where the command comes from.
         """
+        if recording.runs:
+            recording.check(self, message)
         return self.channel.stream(message, path, tensor, 0, lambda number: self.answers.issued.append((number, origin)))
 
     def upload(self, message: list[Any], position: int, tensor: torch.Tensor, origin: Origin = NOWHERE) -> None:
@@ -364,6 +383,8 @@ class Peer:
             then: Called with the answer, if it is not a failure, or with an exception if it is one.
             keep: Something to keep alive until then: the pin of a hand-over.
         """
+        if recording.runs:
+            recording.check(self, message)
         if self.channel.session.submitted >= self._room:
             self.make_room()
         reply = Reply(message, then, keep)
@@ -426,6 +447,8 @@ class Peer:
     def _drop(self) -> None:
         for ids in self.references.take_released():
             self.channel.submit([int(Kind.RELEASE), ids])
+        for number in self.plans.take_dropped():
+            self.channel.submit([int(Kind.PLAN), number, []])
 
     def _deliver(self, number: int, message: list[Any]) -> None:
         self.answers.deliver(message)

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch.utils import _pytree as pytree
 
-from farpoint import gate, presumptions
+from farpoint import gate, presumptions, recording
 from farpoint.errors import (
     FarpointError,
     NotColocatedError,
@@ -89,6 +89,8 @@ class PointerTensor(torch.Tensor):
         pointer._route = route
         pointer._reference = reference
         pointer._spec = spec
+        if recording.runs:
+            recording.made(pointer)
         return pointer
 
     @classmethod
@@ -337,6 +339,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     route.order()
     # Three frames need not be looked at: this one, __torch_dispatch__ and the function itself.
     origin = caller(3)
+    if recording.runs:
+        recording.used(tensors)
     if signature.only is not None:
         result = peer.references.new_id()
         peer.run(signature.template, operands.values, [result], origin, signature.nbytes)

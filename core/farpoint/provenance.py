@@ -18,8 +18,9 @@ _ours: dict[str, bool] = {}
 Place = tuple[CodeType | None, int]
 """Code and the offset of an instruction in it. What line that is, is found out when somebody asks."""
 NOWHERE: Final[Place] = (None, 0)
-Origin = tuple[CodeType | int | None, int]
-"""Where a command came from: a place, or a session and the number of the command in it, if it was passed on.
+Origin = tuple[CodeType | int | tuple[Place, ...] | None, int]
+"""Where a command came from: a place, or a session and the number of the command in it, if it was passed on; of a plan, a place
+for each of its steps.
 
 Thousands are kept. Tuples of such values the garbage collector lets go at its first look; with objects in them, each few
 thousand commands would cost a full collection."""
@@ -42,6 +43,17 @@ def caller(depth: int = 1) -> Place:
             return code, frame.f_lasti
         frame = frame.f_back  # type: ignore[assignment]
     return NOWHERE
+
+
+def raised_at(error: BaseException) -> Place:
+    """Return the innermost place in the traceback of an error that is neither torch nor farpoint."""
+    found, trace = NOWHERE, error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith(_PACKAGES):
+            found = (code, trace.tb_lasti)
+        trace = trace.tb_next
+    return found
 
 
 def locate(origin: Origin) -> tuple[str, int]:

@@ -66,16 +66,32 @@ class References:
                 self._counts[object_id] = self._counts.get(object_id, 0) + 1
         return Reference(self._peer, object_id)
 
-    def take_released(self) -> Iterator[list[int]]:
-        """Yield the ids of which nothing is held any more, for commands to tell. The channel's lock is held."""
+    def pin(self, object_id: int) -> None:
+        """Count one more reference to an object, for somebody who gives it up by `unpin`, or by `dropped`."""
+        with self._peer.channel.lock:
+            self._counts[object_id] = self._counts.get(object_id, 0) + 1
+
+    def pin_new(self, object_id: int) -> None:
+        """Do as `pin` for what `new_id` has just returned: nobody else knows it."""
+        self._counts[object_id] += 1
+
+    def unpin(self, ids: list[int]) -> list[int]:
+        """Give pins up, and return the ids of which nothing is held any more, for the caller to tell. The channel's lock is held."""
         gone = []
-        while self.dropped:
-            object_id = self.dropped.popleft()
+        for object_id in ids:
             left = self._counts.get(object_id, 0) - 1
             if left > 0:
                 self._counts[object_id] = left
             else:
                 self._counts.pop(object_id, None)
                 gone.append(object_id)
+        return gone
+
+    def take_released(self) -> Iterator[list[int]]:
+        """Yield the ids of which nothing is held any more, for commands to tell. The channel's lock is held."""
+        dropped = []
+        while self.dropped:
+            dropped.append(self.dropped.popleft())
+        gone = self.unpin(dropped)
         for start in range(0, len(gone), _RELEASED_AT_ONCE):
             yield gone[start : start + _RELEASED_AT_ONCE]

@@ -16,6 +16,8 @@ _AGREED: tuple[tuple[str, tuple[type, ...], int], ...] = (
     ("commands_in_flight", (int,), 2),
     ("templates", (int,), 2),
     ("transfers", (int,), 1),
+    ("plans", (int,), 0),
+    ("plan_commands", (int,), 0),
     ("kept_seconds", (int, float), 2),
 )
 """Limits of which the lower one holds, if it is at least so much."""
@@ -66,6 +68,8 @@ def read_terms(welcome: dict[str, Any], url: str, limits: Limits) -> Terms:
         allowed: Any = theirs.get(limit) if isinstance(theirs, dict) else None
         if type(allowed) in kinds and least <= allowed < getattr(limits, limit):
             limits = attrs.evolve(limits, **{limit: allowed})
+    if not isinstance(theirs, dict) or "plans" not in theirs:
+        limits = attrs.evolve(limits, plans=0)  # it is from before there were plans
     terms = Terms(limits, url, versions=read_versions(welcome))
     advertised: Any = welcome.get("url")
     if type(advertised) is str and 0 < len(advertised) <= limits.url_chars:

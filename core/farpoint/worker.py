@@ -30,6 +30,7 @@ from farpoint.failures import describe_failure
 from farpoint.guest import Doorstep, Guest
 from farpoint.isolation import isolation_of
 from farpoint.limits import DEFAULT_LIMITS, Limits
+from farpoint.macro import Macros
 from farpoint.movers import Movers
 from farpoint.peer import Peer
 from farpoint.plugins import plugins
@@ -104,7 +105,9 @@ class Worker:
         self._closed = threading.Event()
         self.in_process = InProcess()
         self.isolation = isolation_of(self) if isolate else None
-        self._commands = Commands(self).table()
+        commands = Commands(self)
+        self.macros = Macros(self, commands.perform)
+        self._commands = commands.table()
         self._inline = bool(url) and plugins.transport(url).inline
         self.url = advertise
         self._listener = plugins.transport(url).listen(url, self._accept, self.doorman.admission(admission)) if url else None
@@ -203,12 +206,10 @@ class Worker:
                     check_command(kind, message, self.limits)
                 self._carry_out(command, guest, number, message)
             except Exception as error:
-                if guest.left:
-                    return  # while an executor of its own was at work
                 malformed = isinstance(error, MalformedMessageError)
-                self._poison(guest, number, self._describe_error(error, message, guest), _results(message, malformed=malformed))
-                if malformed:
-                    guest.malformed()
+                self.failed(guest, number, error, self._name_of(message, guest), _results(message, malformed=malformed))
+        if guest.unfolding is not None:
+            self.macros.unfold(guest, number)
         if guest.at_once:
             guest.at_once = False
             guest.flush()
@@ -228,11 +229,20 @@ class Worker:
         guest: Guest | None = getattr(self._serving, "guest", None)
         return guest
 
+    def failed(self, guest: Guest, number: int, error: Exception, operation: str, results: list[Any]) -> None:
+        """Tell a client that a command of it failed, and let what it should have made carry the error."""
+        if guest.left:
+            return  # while an executor of its own was at work
+        self._poison(guest, number, self._describe_error(error, operation), results)
+        if isinstance(error, MalformedMessageError):
+            guest.malformed()
+
     def refuse(self, guest: Guest, number: int, message: list[Any], reason: FarpointError) -> None:
         """Let a command fail before it was carried out."""
         with self.lock:
             if not guest.left:
-                self._poison(guest, number, self._describe_error(reason, message, guest), _results(message, malformed=False))
+                failure = self._describe_error(reason, self._name_of(message, guest))
+                self._poison(guest, number, failure, _results(message, malformed=False))
 
     def settle(self) -> None:
         """Send what commands have left to be said: now, or, if this thread holds the lock, when it has given it up.
@@ -356,15 +366,18 @@ class Worker:
     def _accept(self, link: Link) -> Receiver:
         return Doorstep(self, link, inline=self._inline)
 
-    def _describe_error(self, error: Exception, message: Any, guest: Guest) -> dict[str, Any]:
+    def _describe_error(self, error: Exception, operation: str) -> dict[str, Any]:
         if isinstance(error, Poisoned):
             return error.failure
+        return describe_failure(error, self.id, operation, expose=self.expose_tracebacks)
+
+    def _name_of(self, message: Any, guest: Guest) -> str:
         operation = "a message"
         if isinstance(message, list) and message and type(message[0]) is int and message[0] in self._commands:
             operation = Kind(message[0]).name
             if message[0] in (_RUN, Kind.ASK) and len(message) > 1 and type(message[1]) is int and message[1] in guest.templates:
                 operation = guest.templates[message[1]].operation.name
-        return describe_failure(error, self.id, operation, expose=self.expose_tracebacks)
+        return operation
 
     def _poison(self, guest: Guest, number: int, failure: dict[str, Any], results: list[Any]) -> None:
         new: set[int] = set()

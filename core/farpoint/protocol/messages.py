@@ -51,6 +51,10 @@ class Kind(IntEnum):
     """`id, offset, length`: answered with bytes of a tensor, as they would travel."""
     SEED = 19
     """`seed`: begin the worker's random numbers anew."""
+    PLAN = 20
+    """`plan, commands`: keep a list of RUNs whose ids, numbers and tensors are left open; an empty list forgets it."""
+    RUNPLAN = 21
+    """`plan, ids, values, released`: carry the commands of a plan out, with these ids and values: `farpoint.macro`."""
     CHUNK = 32
     """`stream, about, offset, total, bytes`: a part of a tensor, in either direction: `farpoint.bulk`."""
     WHOLE = 33

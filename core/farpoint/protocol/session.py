@@ -72,12 +72,17 @@ class Session:
         """How many messages were taken since the peer was last told."""
         return self.taken - self._told
 
-    def pack(self) -> list[Any] | None:
-        """Return the next packet, or None if there is nothing to say."""
+    def pack(self, most: int | None = None) -> list[Any] | None:
+        """Return the next packet, or None if there is nothing to say.
+
+        Args:
+            most: How many messages it may hold.
+        """
         if not self._waiting and not self._owes_acknowledgement:
             return None
-        messages, self._waiting = self._waiting, []
-        packet = [self.remote, self.submitted - len(messages) + 1, self.taken, messages]
+        first = self.submitted - len(self._waiting) + 1
+        messages, self._waiting = self._waiting[:most], self._waiting[most:] if most is not None else []
+        packet = [self.remote, first, self.taken, messages]
         if messages:
             self._packed.append(packet)
         self._owes_acknowledgement = False

@@ -194,6 +194,8 @@ _RUN: Final = {
     "values": listed(_VALUE, "array_items"),
     "results": _NEW_IDS,
 }
+_PACKED: Final = Field("bytes, 8 for each id", lambda v: type(v) is bytes and len(v) % 8 == 0)
+_STEP: Final = Field("a list of a slot, operands and results, with -1 for what is no place of the plan", lambda v: _is_step(v))
 PAYLOAD: Final = Shape(
     "the payload of TRANSFER", tensor=TENSOR, requires_grad=FLAG, tags=TAGS, description=DESCRIPTION, capability=CAPABILITY
 )
@@ -202,6 +204,12 @@ PAYLOAD: Final = Shape(
 def _distinct(ids: list[Any]) -> bool:
     named = [i for i in ids if type(i) is int and i]
     return len(named) == len(set(named))
+
+
+def _is_step(value: Any) -> bool:
+    if type(value) is not list or len(value) != 3 or type(value[0]) is not int or value[0] < 0:
+        return False
+    return all(type(places) is list and all(type(place) is int and -1 <= place < MAX_ID for place in places) for places in value[1:])
 
 
 COMMANDS: Final[Mapping[int, Shape]] = {
@@ -240,6 +248,8 @@ COMMANDS: Final[Mapping[int, Shape]] = {
         Kind.LIST: {"after": _ID_OR_NONE},
         Kind.LOCATE: {"id": ID},
         Kind.SEED: {"seed": integer(0, 2**64 - 1)},
+        Kind.PLAN: {"plan": _SLOT, "commands": listed(_STEP, "plan_commands")},
+        Kind.RUNPLAN: {"plan": _SLOT, "ids": _PACKED, "values": listed(_VALUE, "array_items"), "released": _PACKED},
         Kind.READ: {"id": ID, "offset": integer(0, MAX_ID - 1), "length": integer(1, _MOST_READ)},
     }.items()
 }

@@ -16,6 +16,7 @@ from farpoint.testing.laws.modules import TestModules
 from farpoint.testing.laws.moving import TestL6TheDataEnd, TestL7NothingIsLost
 from farpoint.testing.laws.order import TestL11ProgramOrder
 from farpoint.testing.laws.places import TestL8TogetherOrNotAtAll, TestL10NothingLeavesByAccident
+from farpoint.testing.laws.plans import TestPlans
 from farpoint.testing.laws.pointers import TestL2PointerIsTensor
 from farpoint.testing.laws.references import TestL3References
 from farpoint.testing.laws.sending import TestL1SendCopies
@@ -40,4 +41,5 @@ __all__ = [
     "TestL13Autograd",
     "TestL14FarpointLeavesTorchAlone",
     "TestModules",
+    "TestPlans",
 ]
