@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import race
+from benchmarks import race, steps
 from benchmarks.memory import growth
 from benchmarks.race import Lane, Row, quartiles
 from benchmarks.table import table
+from farpoint import VirtualWorker
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,3 +117,13 @@ def test_the_table_is_sorted_by_combination() -> None:
         [], ["a"], header, "y 2.00 ms 4.00 µs 2.00 x 1.50 - 20.0 z".split(),
         [], ["b"], header, "x 1.00 µs".split(), [], "w 0.00 µs".split(),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", steps.OPTIMIZERS)
+@pytest.mark.parametrize("model", steps.MODELS)
+def test_a_training_step_waits_only_to_read_a_loss(model: str, optimizer: str) -> None:
+    with VirtualWorker(id="bob") as bob:
+        found, read = (steps.measure(model, optimizer, bob, read=each) for each in (False, True))
+        assert found.waits == 0 and read.waits == 1
+        assert read.commands == found.commands + 2, "it is detached and fetched"
+        assert found.messages <= 1 + found.commands / 64 and len(bob) == 0

@@ -29,13 +29,22 @@ _NOTE = "_farpoint_annotation"
 
 def note_of(tensor: torch.Tensor) -> Annotation:
     """Return the tags and the description of a tensor or pointer."""
-    note: Annotation = tensor.__dict__.get(_NOTE, NO_ANNOTATION)
-    return note
+    written = tensor.__dict__.get(_NOTE)
+    if written is None:
+        return NO_ANNOTATION
+    tags, description = written
+    return Annotation(frozenset(tags), description)
 
 
 def write_note(tensor: torch.Tensor, note: Annotation) -> None:
-    """Write on a tensor or pointer of this process, and tell nobody."""
-    tensor.__dict__[_NOTE] = note
+    """Write on a tensor or pointer of this process, and tell nobody.
+
+    It is plain data, and nothing if there is nothing to write: `torch.load` takes what `torch.save` has made of the tensor.
+    """
+    if note.tags or note.description:
+        tensor.__dict__[_NOTE] = [sorted(note.tags), note.description]
+    else:
+        tensor.__dict__.pop(_NOTE, None)
 
 
 def annotate(tensor: Any, tags: Iterable[str] | None = None, description: str | None = None) -> Any:

@@ -17,7 +17,7 @@ from farpoint.handover import send
 from farpoint.operations import of
 from farpoint.pointer import PointerTensor, dispatch
 from farpoint.remote import RemoteWorker, resolve
-from farpoint.route import route_of
+from farpoint.route import Route, route_of
 from farpoint.worker import Worker
 
 _THERE: Final[frozenset[Any]] = frozenset({
@@ -84,7 +84,7 @@ class on(TorchFunctionMode):  # noqa: N801  # read as a statement: with farpoint
             if kwargs.get("generator") is not None:
                 name = self._worker.id
                 raise PointerError(f"{name} draws from a random generator of its own, not from one that is here: {name}.manual_seed(seed)")
-            with _Issue(self._worker):
+            with Issue(route_of(self._worker.peer)):
                 return func(*args, **kwargs)
 
 
@@ -95,20 +95,23 @@ def _is_elsewhere(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return func is torch.normal and any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
 
 
-class _Issue(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Issues what one factory is, below autograd: `torch.randn(3, requires_grad=True)` is `aten::randn` and then a mark."""
+class Issue(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Issues what factories are, below autograd: `torch.randn(3, requires_grad=True)` is `aten::randn` and then a mark.
 
-    def __init__(self, worker: RemoteWorker) -> None:
+    Args:
+        route: Where.
+    """
+
+    def __init__(self, route: Route) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
-        self._worker = worker
+        self._route = route
 
     def __torch_dispatch__(
         self, func: OpOverload[Any, Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if types:
             return func(*args, **kwargs or {})  # it is about pointers, and runs where they lead
-        peer = self._worker.peer
-        allowed, elements = peer.limits.bytes, count_elements(of(func).name, args)
+        allowed, elements = self._route.peer.limits.bytes, count_elements(of(func).name, args)
         if elements > allowed:  # the worker would say so; but before it torch may try to make it here, to see what is wrong with it
-            raise QuotaError(self._worker.id, "bytes", allowed, f"a tensor of {elements} elements")
-        return dispatch(func, args, kwargs or {}, route_of(peer))
+            raise QuotaError(self._route.workers[0], "bytes", allowed, f"a tensor of {elements} elements")
+        return dispatch(func, args, kwargs or {}, self._route)

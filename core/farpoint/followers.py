@@ -25,9 +25,11 @@ def moved() -> None:
     _last = next(_moves)
 
 
-def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
     if _seen.get(optimizer) == _last:
         return
+    if optimizer not in _seen:  # what is saved after a model has come home is home, too
+        optimizer.register_state_dict_pre_hook(_follow)
     now = _last
     with recording.openly(), torch.no_grad():
         for parameter, state in optimizer.state.items():

@@ -68,9 +68,13 @@ VALUES = frozenset(
         torch.ops.aten._nested_tensor_from_mask_left_aligned.default,
         torch.ops.aten.allclose.default,
         torch.ops.aten.equal.default,
+        torch.ops.aten._has_same_storage_numel.default,
+        torch.ops.aten.is_same_size.default,
     }
 )
 """Operators that return a value rather than tensors. No worker executes them."""
+_ABOUT_TYPES: Any = torch._has_compatible_shallow_copy_type
+"""What `module.to` asks of a parameter and what becomes of it, which may be on the device `meta`."""
 _PLAIN = frozenset({int, float, bool, str, type(None), complex, torch.dtype, torch.Size, slice})
 _CONTAINERS = frozenset({list, tuple, dict})
 
@@ -106,17 +110,23 @@ def check(pointers: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: 
         elif type(value) in _CONTAINERS:
             check(pointers, func, tuple(_tensors(args, kwargs)), None)
             return
-        elif isinstance(value, torch.Tensor) and value.ndim and local is None:
+        elif isinstance(value, torch.Tensor) and value.ndim and local is None and not _wraps(pointers, value):
             local = value
     if first is None:
         return
     if func in _REFUSED:
         raise not_here(first, _REFUSED[func])
-    if local is not None and not _is_torchs_own():
+    if local is not None and func is not _ABOUT_TYPES and not _is_torchs_own():
         workers = first._route.workers
         chain = "".join(f".send({worker})" for worker in reversed(workers))
-        name = getattr(func, "__name__", str(func))
-        raise NotColocatedError(name, f"on {workers[-1]}", "a local tensor", f"send it there with x{chain}")
+        raise NotColocatedError(_name(func), f"on {workers[-1]}", "a local tensor", f"send it there with x{chain}")
+
+
+def _wraps(pointers: Any, value: torch.Tensor) -> bool:
+    """Return whether a tensor is one that `torch.func` has made of a pointer, for a transform that is under way."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return type(value) is pointers
 
 
 def _is_torchs_own() -> bool:
@@ -149,7 +159,11 @@ def _holds_local(value: Any) -> bool:
         return any(map(_holds_local, value.values()))
     if isinstance(value, list | tuple | set):
         return any(map(_holds_local, value))
-    return isinstance(value, torch.Tensor) and not hasattr(value, "_route") and value.ndim > 0
+    if not isinstance(value, torch.Tensor) or not value.ndim:
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return not hasattr(value, "_route")
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[Any]:
@@ -205,7 +219,13 @@ def elsewhere(func: Any, first: PointerTensor, second: PointerTensor) -> Farpoin
         fix = f"p.move({ways[1][0]}) takes the first one there, q.move({ways[0][0]}) the second one here"
     else:
         fix = "get() both, and send them the same way"
-    return NotColocatedError(getattr(func, "__name__", str(func)), f"at {one}", f"at {other}", fix)
+    return NotColocatedError(_name(func), f"at {one}", f"at {other}", fix)
+
+
+def _name(func: Any) -> str:
+    """Return what a function is called by those who use it: that which assigns to an attribute, `p.grad = x`."""
+    name: str = getattr(func, "__name__", str(func))
+    return f"p.{func.__self__.__name__} = x" if name == "__set__" else name
 
 
 def not_here(pointer: PointerTensor, request: str) -> ValueNotHereError:

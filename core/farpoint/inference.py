@@ -149,7 +149,10 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         return signature
     # Every worker checks the same. Here it is on the line that caused it; but what torch itself refuses is told in its words.
     _check(signature.template)
-    if size + sum(t.nbytes for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)) <= _SMALL_BYTES and not operation.random:
+    made = [value for value in pytree.tree_leaves(result) if isinstance(value, torch.Tensor)]
+    if any(value.layout is not torch.strided for value in made):
+        raise OperationNotAllowedError("any worker", operation.name, "its result is sparse, and workers store dense tensors")
+    if size + sum(value.nbytes for value in made) <= _SMALL_BYTES and not operation.random:
         # Inference does not know which dtypes the kernels take, and is wrong about some layouts; they say it themselves.
         # Whatever else zeros provoke is about values, which are not the worker's.
         try:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import attrs
 import torch
 from torch.utils import _pytree as pytree
 
-from farpoint import gate, presumptions, recording
+from farpoint import checkpoints, gate, presumptions, recording
+from farpoint.engine import CALLS
 from farpoint.errors import (
     FarpointError,
     NotColocatedError,
@@ -28,13 +31,16 @@ from farpoint.references import Reference
 from farpoint.route import SPENT, Route
 from farpoint.scalars import may_read, read
 from farpoint.spec import TensorSpec, spec_from_wire
-from farpoint.surroundings import without_onednn
+from farpoint.surroundings import not_compiled, without_onednn
 
 _make = torch.Tensor._make_wrapper_subclass
+_forbid_reading = torch._C._set_throw_on_mutable_data_ptr  # the shell is no memory, and some of torch's C++ would not ask
 _ids = itertools.count(1)
 _COPY: Any = torch.Tensor.copy_
 _SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # of a property in C
 _SETTER = type(_SET_DATA)
+_SHELL = re.compile("its data is not allocated yet|Cannot access data pointer")  # what torch says of a tensor without memory
+_SET: Any = torch.ops.aten.set_.source_Tensor
 
 
 @attrs.frozen
@@ -86,6 +92,7 @@ class PointerTensor(torch.Tensor):
             )
             torch._C._set_conj(pointer, spec.conj)
             torch._C._set_neg(pointer, spec.neg)
+        _forbid_reading(pointer)
         pointer._route = route
         pointer._reference = reference
         pointer._spec = spec
@@ -109,6 +116,8 @@ class PointerTensor(torch.Tensor):
             args = (args[0], place(args[1], args[0]._route.workers), *args[2:])  # as torch copies from one device to another
         try:
             gate.check(cls, func, args, kwargs)
+            if func in CALLS:
+                return CALLS[func](*args, **kwargs or {})
             with torch._C.DisableTorchFunctionSubclass():
                 if type(func) is _SETTER and func == _SET_DATA:
                     return _set_data(args[0], args[1])
@@ -119,13 +128,20 @@ class PointerTensor(torch.Tensor):
             # oneDNN's kernel, which no worker executes, as its workspace cannot be checked. Step by step it is the same.
             with torch._C.DisableTorchFunctionSubclass(), without_onednn():
                 return func(*args, **kwargs or {})
+        except NotColocatedError:
+            if func not in presumptions.COMPOSED:
+                raise
+            from farpoint.factories import Issue
+
+            with torch._C.DisableTorchFunctionSubclass(), Issue(gate.first_pointer(cls, args, kwargs)._route):
+                return func(*args, **kwargs or {})
         except ValueNotHereError:
             result = _otherwise(func, args, kwargs or {})
             if result is NotImplemented:
                 raise
             return result
         except RuntimeError as error:
-            if "its data is not allocated yet" not in str(error):
+            if not _SHELL.search(str(error)):
                 raise
             # torch's C++ wanted to read the elements
             result = _otherwise(func, args, kwargs or {})
@@ -138,15 +154,22 @@ class PointerTensor(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         try:
+            if kwargs and str(kwargs.get("device")) == "meta":
+                return presumptions.without_data(func, args, kwargs)
             return dispatch(func, args, kwargs or {})
         except OperationNotAllowedError as error:
+            if func is _SET:
+                return _set(*args)
+            if func is presumptions.ZEROS:
+                return dispatch(torch.ops.aten.zeros_like.default, args[1:], {})
             if func in gate.VALUES:
                 if may_read(func, gate.first_pointer(cls, args, kwargs)):
                     return read(func, args, kwargs)
                 value = presumptions.presume(func, args, kwargs or {}, dispatch)
                 if value is not None:
                     return value
-                raise gate.not_here(gate.first_pointer(cls, args, kwargs), str(func)) from error
+                wanted = "torch.autograd.detect_anomaly()" if presumptions.is_anomaly_check(func) else str(func)
+                raise gate.not_here(gate.first_pointer(cls, args, kwargs), wanted) from error
             raise
         except WorkerLostError as error:
             if error.route:
@@ -178,9 +201,9 @@ class PointerTensor(torch.Tensor):
         copied.requires_grad_(self.requires_grad)
         if isinstance(self, torch.nn.Parameter):
             copied._is_param = True  # torch's mark
-        memo[id(self)] = copied
-        if self.grad is not None:
+        elif self.grad is not None:  # a copy of a parameter of torch's has none either
             copied.grad = copy.deepcopy(self.grad, memo)
+        memo[id(self)] = copied
         return copied
 
     def __enter__(self) -> Self:
@@ -189,6 +212,12 @@ class PointerTensor(torch.Tensor):
     def __exit__(self, *exc_info: object) -> None:
         if self._reference is not None:
             self.free()
+
+    def new(self, *shape: Any) -> torch.Tensor:  # type: ignore[override]  # torch leaves out what it takes
+        """Return a tensor of some shape, or of a list of values, where this one is. Torch's own would be here, and asks nobody."""
+        if len(shape) == 1 and isinstance(shape[0], list):
+            return self.new_tensor(shape[0])
+        return self.new_empty(*shape or (0,))
 
     @property
     def id(self) -> int:
@@ -275,12 +304,25 @@ class PointerTensor(torch.Tensor):
         return self
 
 
+for _name in ("__torch_function__", "__torch_dispatch__"):
+    not_compiled(vars(PointerTensor)[_name].__func__)
+
+
 def _set_data(pointer: Any, value: Any) -> None:
     """Carry out `pointer.data = value`: both are the same object there then."""
     if not (type(pointer) is type(value) is PointerTensor):
         raise TypeError("p.data = x takes a pointer for a pointer, and a local tensor for a local one; p.copy_(x) writes values")
     _SET_DATA(pointer, value)
     pointer._reference, pointer._route, pointer._spec = value._reference, value._route, value._spec
+
+
+def _set(pointer: Any, value: Any) -> Any:
+    """Carry out `pointer.set_(value)`, by which torch changes what a parameter is when it is parametrized."""
+    if not (type(pointer) is type(value) is PointerTensor):
+        raise NotColocatedError("p.set_(x)", "a pointer", "a local tensor", "send it there first, and set it to the pointer")
+    _change_metadata(_SET, (pointer, value), {})
+    pointer._reference, pointer._route, pointer._spec = value._reference, value._route, value._spec
+    return pointer
 
 
 def describe(pointer: PointerTensor) -> str:
@@ -301,6 +343,8 @@ def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     """Do what torch cannot do here, as it reads a value, in another way; return NotImplemented if there is none."""
     if func is torch.Tensor.__bool__ and presumptions.no_short_cut():
         return False
+    if func is torch.Tensor.__bool__ and presumptions.no_doubt(args[0], dispatch):
+        return True
     if may_read(func, gate.first_pointer(PointerTensor, args, kwargs)):
         return read(func, args, kwargs)
     found = presumptions.whole(func, args, kwargs)
@@ -311,7 +355,9 @@ def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return dispatch(operator, args, named)
 
 
-def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: Route | None = None) -> Any:
+def dispatch(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: Route | None = None, *, drawing: bool = False
+) -> Any:
     """Issue one aten operation whose operands are pointers, and return pointers to its results.
 
     Args:
@@ -319,8 +365,11 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
         args: Its positional arguments.
         kwargs: Its arguments by name.
         place: Where it runs if it has no operands; a pointer among them then must lead there.
+        drawing: Whether it may draw random numbers without looking for a checkpoint that has drawn them before.
     """
     layout = layout_of(func)
+    if layout.operation.random and not drawing:
+        return checkpoints.draw(partial(dispatch, place=place, drawing=True), layout.operation, args, kwargs)
     operands = Operands(PointerTensor, func, layout, place)
     run_time = layout.run_time
     for position, value in enumerate(args):
@@ -333,7 +382,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     if route is None:
         raise NotColocatedError(str(func), "here", "nowhere", "p.get()")
     if layout.operation.written_names:
-        operands.refuse_local_writes( layout.operation, args, kwargs)
+        operands.refuse_local_writes(layout.operation, args, kwargs)
     signature = signature_of(tuple(operands.key), layout, args, kwargs, tensors)
     peer = route.peer
     route.order()

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.distributions import Distribution
 from torch.nn import functional
 from torch.nn.modules import transformer
+from torch.utils import _pytree as pytree
 
 from farpoint.surroundings import plain
 
 _aten: Any = torch.ops.aten
+_HERE: Final = str(Path(__file__).parent)
 
 _PRESUMED: Final[dict[Any, tuple[bool, str]]] = {
     functional.gaussian_nll_loss: (False, "var has negative entry/entries"),
@@ -37,11 +41,26 @@ _WHOLE: Final[dict[Any, Any]] = {
 }
 """Functions that a worker executes as a whole."""
 
+COMPOSED: Final = frozenset({torch._C._nn.pad_sequence})
+"""Functions that write their operands into what they have made first, without a look at where the operands are."""
+
 _SHORT_CUTS: Final = (transformer._detect_is_causal_mask.__code__,)
 """Functions that ask for a truth value only to be faster if it is so."""
 
+_VALIDATORS: Final = (Distribution.__init__.__code__, Distribution._validate_sample.__code__)
+"""Functions that ask for a truth value only to raise if it is not so."""
+
 _ANSWERS: Final[dict[Any, Any]] = {_aten._nested_tensor_from_mask_left_aligned.default: False}
 """Operators that ask only that, and the answer."""
+
+ZEROS: Final = _aten._new_zeros_with_same_feature_meta.default
+"""What a tangent is copied to if its layout is not that of its tensor: zeros like its second argument."""
+
+_LONGEST: Final = 64  # characters that a worker takes
+
+_SAME_STORAGE: Final = _aten._has_same_storage_numel.default
+_METADATA: Final = (_aten.is_same_size.default, _SAME_STORAGE)
+"""What forward-mode asks of a tensor and its tangent. The client knows."""
 
 _ALLCLOSE: Final = _aten.allclose.default
 
@@ -58,6 +77,8 @@ def presume(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dispatch:
     if func in _ANSWERS:
         answer: bool = _ANSWERS[func]
         return answer
+    if func in _METADATA:
+        return args[0].shape == args[1].shape and (func is not _SAME_STORAGE or args[0].stride() == args[1].stride())
     if func is _ALLCLOSE:
         # Users ask above dispatch, where they are refused. Formulas ask whether a loss depends on what is arbitrary.
         if torch._C._current_graph_task_id() == -1:
@@ -82,9 +103,32 @@ def presume(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dispatch:
 
 
 def no_short_cut() -> bool:
-    """Return whether a truth value is asked for only to be faster, three calls above. It may be said to be false, then."""
-    frame = sys._getframe(3)
-    return frame.f_code in _SHORT_CUTS
+    """Return whether a truth value is asked for only to be faster. It may be said to be false, then."""
+    return _asker().f_code in _SHORT_CUTS
+
+
+def is_anomaly_check(func: Any) -> bool:
+    """Return whether a number is read because the engine looks for NaN in what backward has computed."""
+    return func is _aten._local_scalar_dense.default and torch.is_anomaly_check_nan_enabled() and torch._C._current_graph_task_id() != -1
+
+
+def no_doubt(truth: torch.Tensor, dispatch: Callable[..., Any]) -> bool:
+    """Return whether a truth value is asked for only for a distribution to refuse arguments.
+
+    Then they are presumed to be right, and the worker is told to raise if they are not.
+
+    Args:
+        truth: The value.
+        dispatch: Issues an operation on pointers.
+    """
+    frame = _asker()
+    if frame.f_code not in _VALIDATORS:
+        return False
+    found = frame.f_locals
+    constraint = type(found.get("constraint", found.get("support"))).__name__.strip("_")
+    text = f"{found.get('param', 'value')} of {type(found['self']).__name__} must satisfy {constraint}"
+    dispatch(_aten._assert_async.msg, (truth, text[:_LONGEST]), {})
+    return True
 
 
 def whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -97,6 +141,24 @@ def whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[An
         return None
     names = {"input": "self", "tensor": "self", "indices_or_sections": "tensor_indices_or_sections"}
     return operator, {names.get(name, name): value for name, value in kwargs.items()}
+
+
+def without_data(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a function makes of pointers on the device `meta`: it is here, for metadata is."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _metadata, (tuple(args), dict(kwargs)))
+    return func(*args, **kwargs)
+
+
+def _metadata(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _asker() -> Any:
+    """Return the frame that asks for a truth value: the nearest one that is not ours, in which modes may be on the way as well."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return frame
 
 
 def _function() -> Any:

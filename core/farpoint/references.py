@@ -30,7 +30,10 @@ class Reference:
 
     def __del__(self) -> None:
         # No I/O in a finalizer: it may run anywhere, also while the channel's lock is held.
-        self.peer.references.dropped.append(self.id)
+        try:
+            self.peer.references.dropped.append(self.id)
+        except AttributeError:
+            pass  # made without `__init__`, as torch.compile makes examples of what it meets
 
 
 class References:

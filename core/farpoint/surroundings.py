@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
+
+_eval_frame: Any = torch._C._dynamo.eval_frame
 
 # What a thread begins with: torch has no function that says so. A new thread's are the same.
 _INCLUDED: Final = torch._C._dispatch_tls_local_include_set()
@@ -53,3 +55,9 @@ def plain() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
         yield
+
+
+def not_compiled(function: Callable[..., Any]) -> None:
+    """Let `torch.compile` run a function, and all that it calls, as it is: it would compile what it meets on its way as well."""
+    skip = _eval_frame._FrameAction.SKIP
+    _eval_frame.set_code_exec_strategy(function.__code__, _eval_frame._FrameExecStrategy(skip, skip))

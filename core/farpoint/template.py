@@ -51,6 +51,8 @@ def encode_argument(value: Any) -> list[Any]:
         return ["format", _FORMAT_NAMES[value]]
     if isinstance(value, torch.device) and value.type == "cpu":
         return ["device"]
+    if isinstance(value, torch.Generator):
+        raise EncodeError("a worker draws from a random generator of its own, not from one that is here: worker.manual_seed(seed) seeds it")
     raise EncodeError(f"{value!r} of type {type(value).__name__} cannot be an argument of a remote operation")
 
 
