@@ -479,6 +479,7 @@ def test_anomalies_are_found_where_numbers_may_be_read(bob: Any) -> None:
 def test_a_checkpoint_that_preserves_nothing_draws_anew(reentrant: bool, bob: Any) -> None:
     p = torch.ones(200).requires_grad_().send(bob)  # type: ignore[attr-defined]  # the hook's
     y: Any = checkpoint(F.dropout, p, use_reentrant=reentrant, preserve_rng_state=False)
+    assert len(bob) == 2  # what was drawn is not kept
     y.sum().backward()
     assert not torch.equal(y.detach().get(), p.grad.get())
 
@@ -535,6 +536,7 @@ def test_a_compiled_model_trains_as_it_does_here(bob: Any) -> None:
 
     models: list[Any] = [mlp(Here()), mlp(There(bob))]
     counters.clear()
+    torch._dynamo.reset()
     sends: list[Any] = [Here().send, There(bob).send]
     for model, send in zip(models, sends, strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -543,6 +545,6 @@ def test_a_compiled_model_trains_as_it_does_here(bob: Any) -> None:
             optimizer.zero_grad()
             compiled(send(x(5, 3, seed=step))).pow(2).mean().backward()
             optimizer.step()
-    assert not any("farpoint" in str(reason) for reason in counters["graph_break"])
+    assert counters["frames"]["total"] < 30  # hundreds, where it follows into what issues commands
     torch.testing.assert_close(home(list(models[1].parameters())), home(list(models[0].parameters())), rtol=0, atol=0)
     torch._dynamo.reset()
