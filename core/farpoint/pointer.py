@@ -23,6 +23,7 @@ from farpoint.errors import (
     ValueNotHereError,
     WorkerLostError,
 )
+from farpoint.handle import Handle
 from farpoint.inference import Signature, layout_of, signature_of
 from farpoint.operands import Operands
 from farpoint.protocol.messages import Kind
@@ -60,7 +61,7 @@ class Beyond:
     further: Beyond | None
 
 
-class PointerTensor(torch.Tensor):
+class PointerTensor(Handle, torch.Tensor):
     """A tensor that owns one reference to a remote object, and knows its metadata.
 
     Operations on it run where the data is. Nothing waits for them: an error that only the worker can see is raised by
@@ -230,78 +231,6 @@ class PointerTensor(torch.Tensor):
             # One step even between threads, so that all of them see the same number.
             number = self.__dict__.setdefault("_number", next(_ids))
         return number
-
-    @property
-    def id_at_location(self) -> int:
-        """The id of the object that it points at, on `location`."""
-        return gate.check_live(self).id
-
-    @property
-    def location(self) -> Any:
-        """The worker that it points at."""
-        from farpoint.remote import handle_of
-
-        return handle_of(self._route.workers[0])
-
-    def send(self, worker: Any, *others: Any, **options: Any) -> Any:
-        """Send this pointer to a worker, or to several: see `farpoint.send`."""
-        from farpoint.multi import send
-
-        with gate.underway(self):
-            return send(self, worker, *others, **options)
-
-    def get(self, keep: bool = False) -> torch.Tensor:
-        """Bring what it points at here: see `farpoint.handover.get`."""
-        from farpoint.handover import get
-
-        with gate.underway(self):
-            return get(self, keep=keep)
-
-    def move(self, worker: Any, **options: Any) -> torch.Tensor:
-        """Move the data at the end of the chain: see `farpoint.handover.move`."""
-        from farpoint.handover import move
-
-        with gate.underway(self):
-            return move(self, worker, **options)
-
-    def remote_get(self) -> torch.Tensor:
-        """Make the chain one hop shorter at its data end."""
-        from farpoint.handover import remote_get
-
-        with gate.underway(self):
-            return remote_get(self)
-
-    def remote_send(self, worker: Any) -> PointerTensor:
-        """Make the chain one hop longer at its data end."""
-        from farpoint.handover import remote_send
-
-        with gate.underway(self):
-            return remote_send(self, worker)
-
-    def bypass(self) -> PointerTensor:
-        """Leave the first worker of the chain out: see `farpoint.handover.bypass`."""
-        from farpoint.handover import bypass
-
-        return bypass(self)
-
-    def free(self) -> None:
-        """Give the reference up now."""
-        gate.check_live(self)
-        spend(self, "free")
-
-    def tag(self, *tags: str) -> PointerTensor:
-        """Write tags on the remote object, in place of its present ones."""
-        from farpoint.catalogue import annotate
-
-        annotate(self, tags=tags)
-        return self
-
-    def describe(self, description: str) -> PointerTensor:
-        """Write a description on the remote object."""
-        from farpoint.catalogue import annotate
-
-        annotate(self, description=description)
-        return self
 
 
 for _name in ("__torch_function__", "__torch_dispatch__"):
