@@ -38,8 +38,6 @@ _ALL: Final[tuple[Listed, ...]] = (
     Listed("sparse.sampled_addmm", errors.EncodeError, _SPARSE),
     Listed("sparse.mm.reduce", errors.EncodeError, _SPARSE),
     Listed("to_sparse", errors.OperationNotAllowedError, _SPARSE),
-    Listed("resize_", errors.OperationNotAllowedError, "It would grow a storage that others may share, with memory nobody has written."),
-    Listed("resize_as_", errors.OperationNotAllowedError, "Likewise."),
     Listed(
         "cov",
         errors.ValueNotHereError,

@@ -12,6 +12,7 @@ import torch
 from farpoint.errors import OperationNotAllowedError, PluginError, ProtocolError
 from farpoint.limits import Limits
 from farpoint.operations import (
+    RESIZING,
     UNINITIALISED,
     Hole,
     Operation,
@@ -38,7 +39,7 @@ FORBIDDEN = (
     r"^set\.",
     r"storage",
     r"^_reshape_alias",
-    r"^_?resize",
+    r"^_?resize(?!_\.default$|_as_\.default$)",
     r"^_local_scalar_dense|^item\.|^equal\.|^is_nonzero|^allclose",
     r"sparse|_coo|_csr|_csc|_bsr|_bsc|coalesce|to_dense",
     r"nested|mkldnn|cudnn|miopen|xnnpack|vulkan",
@@ -230,6 +231,21 @@ class TestTable:
         assert names() >= {f"aten::{name}" for name in USED}
 
 
+class TestResizing:
+    def test_every_operation_that_resizes_is_marked(self) -> None:
+        assert {name for name in names() if "resize" in name} == RESIZING
+
+    def test_sizes(self) -> None:
+        resize = lookup("aten::resize_.default")
+        check_arguments(resize, [T, [2**40, 2**20]], {"memory_format": torch.channels_last})
+        for size in ([2**40 + 1], [2**40, 2**40], ["1"], [1.0], [None], [T], [S], None, 2, [1] * 65):
+            with pytest.raises(ProtocolError):
+                check_arguments(resize, [T, size], {})
+        for args in ([2.0, [1]], [S, [1]], [[T], [1]]):
+            with pytest.raises(ProtocolError):
+                check_arguments(resize, args, {})
+
+
 class TestUninitialised:
     def test_names_are_in_the_table(self) -> None:
         assert names() >= UNINITIALISED
@@ -295,7 +311,7 @@ class TestOperation:
         assert lookup("aten::normal_.default").random
         assert lookup("aten::native_dropout.default").random
         assert not lookup("aten::add_.Tensor").random
-        for name in ("t_.default", "unsqueeze_.default", "squeeze_.dim", "transpose_.default"):
+        for name in ("t_.default", "unsqueeze_.default", "squeeze_.dim", "transpose_.default", "resize_.default", "resize_as_.default"):
             assert lookup(f"aten::{name}").metadata_writing, name
         assert not lookup("aten::add_.Tensor").metadata_writing
 
@@ -710,7 +726,7 @@ RULES: list[tuple[str, tuple[Any, ...], dict[int, list[Any]]]] = [
     ("split.Tensor", (ones(1024), 1), {0: [ones(1025)]}),
     ("unbind.int", (ones(2, 1025),), {0: [ones(1025, 2)]}),
     ("segment_reduce.default", (ones(6), "sum", ints(2, 4), None, None, 0, False),
-     {0: [ones()], 2: [ints(2, 5), ints(-1, 7), ints(2), ones(2), None, ints(2, 4).view(1, 2)], 3: [ints(0)], 4: [ints(0, 6)], 5: [1, -1]}),
+     {0: [ones()], 2: [ints(2, 5), ints(-1, 7), ones(2), None, ints(2, 4).view(1, 2)], 3: [ints(0)], 4: [ints(0, 6)], 5: [1, -1]}),
     ("segment_reduce.default", (ones(2, 6), "sum", None, None, ints(0, 2, 6, 0, 3, 3).view(2, 3), 1, False),
      {4: [ints(0, 2, 7, 0, 3, 3).view(2, 3), ints(0, 2, 1, 0, 3, 3).view(2, 3), ints(-1, 2, 6, 0, 3, 3).view(2, 3), ints(0, 2, 6), ints().view(2, 0)]}),
     ("_segment_reduce_backward.default", (ones(2, 3), ones(2, 3), ones(6, 3), "sum", ints(2, 4), None, 0),

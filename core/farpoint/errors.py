@@ -121,7 +121,7 @@ class NotColocatedError(PointerError):
 
 
 class ResizedOutputError(PointerError, ValueError):
-    """The pointer given as `out=` has another shape than the result. It is not resized.
+    """The pointer given as `out=` would have to be laid out in another way than it is, which torch does on the way.
 
     Attributes:
         call: The operator.
@@ -134,7 +134,7 @@ class ResizedOutputError(PointerError, ValueError):
         self.given = given
         self.wanted = wanted
         super().__init__(
-            f"{call}: out= has the shape {given}, and the result {wanted}; a pointer is not resized. "
+            f"{call}: out= has the shape {given}, and torch would give it the shape {wanted}, with strides of the operands. "
             f"Pass torch.empty({wanted}).send(worker), or leave out= away and use what is returned"
         )
 

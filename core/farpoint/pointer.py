@@ -22,6 +22,7 @@ from farpoint.errors import (
 )
 from farpoint.inference import Signature, layout_of, signature_of
 from farpoint.operands import Operands
+from farpoint.operations import RESIZING
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
 from farpoint.references import Reference
@@ -35,6 +36,7 @@ _ids = itertools.count(1)
 _COPY: Any = torch.Tensor.copy_
 _SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # of a property in C
 _SETTER = type(_SET_DATA)
+_RESIZE: Any = torch.ops.aten.resize_.default
 
 
 @attrs.frozen
@@ -77,6 +79,15 @@ class PointerTensor(torch.Tensor):
             spec: Metadata of the tensor.
             requires_grad: Whether autograd records what is done with it.
         """
+        pointer = PointerTensor.shell(spec, requires_grad)
+        pointer._route = route
+        pointer._reference = reference
+        pointer._spec = spec
+        return pointer
+
+    @staticmethod
+    def shell(spec: TensorSpec, requires_grad: bool = False) -> PointerTensor:
+        """Return a pointer that points at nothing yet: what torch knows of one."""
         pointer: PointerTensor
         if spec.compact:
             pointer = _make(PointerTensor, spec.shape, dtype=spec.dtype, requires_grad=requires_grad)
@@ -86,9 +97,6 @@ class PointerTensor(torch.Tensor):
             )
             torch._C._set_conj(pointer, spec.conj)
             torch._C._set_neg(pointer, spec.neg)
-        pointer._route = route
-        pointer._reference = reference
-        pointer._spec = spec
         return pointer
 
     @classmethod
@@ -333,6 +341,10 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     if layout.operation.written_names:
         operands.refuse_local_writes( layout.operation, args, kwargs)
     signature = signature_of(tuple(operands.key), layout, args, kwargs, tensors)
+    if signature.resized:
+        for position, spec in signature.resized:
+            dispatch(_RESIZE, (tensors[position], spec.shape), {})
+        return dispatch(func, args, kwargs, place)
     peer = route.peer
     route.order()
     # Three frames need not be looked at: this one, __torch_dispatch__ and the function itself.
@@ -344,11 +356,14 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     if signature.outputs is None:
         return _ask(func, route, signature, operands)
     results = [peer.references.new_id() if type(output) is TensorSpec else 0 for output in signature.outputs]
+    resizing = bool(signature.changed) and signature.template.operation.name in RESIZING
+    if resizing:
+        peer.flush()  # what was given up makes room for it
     peer.run(signature.template, operands.values, results, origin, signature.nbytes)
-    if signature.changed:
-        for position, spec in signature.changed:
-            tensors[position]._spec = spec
-        _change_metadata(func, args, kwargs)
+    for position, spec in signature.changed:
+        if resizing:
+            _await_resize(tensors[position], spec)
+        _change_metadata(tensors[position], spec)
     values: list[Any] = []
     for output, result in zip(signature.outputs, results, strict=True):
         if type(output) is TensorSpec:
@@ -360,11 +375,24 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: R
     return pytree.tree_unflatten(values, signature.structure)
 
 
-def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _await_resize(pointer: PointerTensor, spec: TensorSpec) -> None:
+    """Wait until an object has another geometry: its worker may have no room, and the pointer must not say that it has grown, then."""
+    peer = pointer._route.peer
+    (wire,) = peer.request([int(Kind.DESCRIBE), [gate.check_live(pointer).id]])
+    found = spec_from_wire(wire)
+    if (found.shape, found.stride) != (spec.shape, spec.stride):
+        peer.prove()
+        raise FarpointError(f"{describe(pointer)} has the shape {list(found.shape)} and not {list(spec.shape)}: somebody else has resized it")
+
+
+def _change_metadata(pointer: PointerTensor, spec: TensorSpec) -> None:
     from torch.utils._mode_utils import no_dispatch
 
+    # Not by the operation itself: torch would clear the memory of a shell that grows, and it has none.
+    shell = PointerTensor.shell(spec)
     with no_dispatch():
-        func(*args, **kwargs)
+        _SET_DATA(pointer, shell)
+    pointer._spec = spec
 
 
 def _ask(func: Any, route: Route, signature: Signature, operands: Operands) -> Any:

@@ -34,6 +34,9 @@ UNINITIALISED: Final[frozenset[str]] = frozenset(
 """Operations that return memory they have not written. It held somebody's values before, so whoever runs one for a peer
 clears the result's whole storage: a strided result has gaps between its elements that a view would show."""
 
+RESIZING: Final = frozenset({"aten::resize_.default", "aten::resize_as_.default"})
+"""Operations that resize an operand. A worker does not let torch do it: see `farpoint.resizing`."""
+
 # Names in a schema cannot say it: the value of these Scalars is the shape.
 _SHAPED_BY_SCALARS = re.compile(r"aten::(arange|range)\.")
 
