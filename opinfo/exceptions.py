@@ -28,7 +28,6 @@ class Listed:
     columns: tuple[str, ...] = OPERATIONS
 
 
-_MODULES: Final = ("train",)
 _SPARSE: Final = "Sparse tensors do not travel: what checks all invariants of their indices is not written yet."
 
 _ALL: Final[tuple[Listed, ...]] = (
@@ -39,37 +38,10 @@ _ALL: Final[tuple[Listed, ...]] = (
     Listed("sparse.mm.reduce", errors.EncodeError, _SPARSE),
     Listed("to_sparse", errors.OperationNotAllowedError, _SPARSE),
     Listed(
-        "cov",
-        errors.ValueNotHereError,
-        "With weights torch looks at their sum to choose a formula. Without a gradient the worker does all of it.",
-        ("backward",),
-    ),
-    Listed(
-        "narrow",
-        errors.ValueNotHereError,
-        "A start that is a tensor is read. Without a gradient the worker does all of it; with one, give a number.",
-        ("backward",),
-    ),
-    Listed(
-        "tensor_split",
-        errors.ValueNotHereError,
-        "Indices that are a tensor are read. Without a gradient the worker does all of it; with one, give numbers.",
-        ("backward",),
-    ),
-    Listed(
         "nn.functional.linear_cross_entropy.chunked_none",
         errors.NotColocatedError,
         "Its backward formula is Python with buffers of its own, which it makes here and writes to.",
         ("backward",),
-    ),
-    *(
-        Listed(
-            f"nn.BatchNorm{dims}d",
-            errors.ValueNotHereError,
-            "With `momentum=None` torch divides by the number of batches, as a Python number: give a momentum.",
-            _MODULES,
-        )
-        for dims in (1, 2, 3)
     ),
 )
 

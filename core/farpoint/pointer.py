@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -34,6 +35,7 @@ from farpoint.surroundings import without_onednn
 _make = torch.Tensor._make_wrapper_subclass
 _ids = itertools.count(1)
 _COPY: Any = torch.Tensor.copy_
+_BATCH_NORM: Any = torch.nn.functional.batch_norm
 _SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # of a property in C
 _SETTER = type(_SET_DATA)
 _RESIZE: Any = torch.ops.aten.resize_.default
@@ -113,6 +115,10 @@ class PointerTensor(torch.Tensor):
             from farpoint.handover import place
 
             args = (args[0], place(args[1], args[0]._route.workers), *args[2:])  # as torch copies from one device to another
+        if func is _BATCH_NORM and kwargs and kwargs["momentum"] != kwargs["momentum"]:
+            result = presumptions.average(args, kwargs)
+            if result is not NotImplemented:
+                return result
         try:
             gate.check(cls, func, args, kwargs)
             with torch._C.DisableTorchFunctionSubclass():
@@ -307,14 +313,11 @@ def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     """Do what torch cannot do here, as it reads a value, in another way; return NotImplemented if there is none."""
     if func is torch.Tensor.__bool__ and presumptions.no_short_cut():
         return False
+    if func is torch.Tensor.__float__ and presumptions.is_averaging():
+        return math.nan
     if may_read(func, gate.first_pointer(PointerTensor, args, kwargs)):
         return read(func, args, kwargs)
-    found = presumptions.whole(func, args, kwargs)
-    if found is None:
-        return NotImplemented
-    operator, named = found
-    with torch._C.DisableTorchFunctionSubclass():
-        return dispatch(operator, args, named)
+    return presumptions.otherwise(func, args, kwargs, dispatch)
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: Route | None = None) -> Any:
