@@ -40,7 +40,7 @@ _ALL: Final[tuple[Listed, ...]] = (
     Listed(
         "nn.functional.linear_cross_entropy.chunked_none",
         errors.NotColocatedError,
-        "Its backward formula is Python with buffers of its own, which it makes here and writes to.",
+        "Its backward formula is Python with buffers of its own, which it makes here and writes to. `options=None` has another one.",
         ("backward",),
     ),
 )

@@ -33,7 +33,7 @@ FAILED_ONCE = frozenset(
     nn.functional.dropout nn.functional.fractional_max_pool2d nn.functional.gaussian_nll_loss
     nn.functional.linear_cross_entropy.chunked nn.functional.max_unpool2d nn.functional.one_hot nn.functional.rrelu norm.nuc normal
     ormqr prod quantile scatter _segment_reduce.lengths _segment_reduce.offsets svd tensor_split unravel_index view_as_real fft.hfft
-    nn.BatchNorm1d nn.GaussianNLLLoss nn.GRU nn.LSTM nn.RNN nn.TransformerEncoder
+    nn.BatchNorm1d nn.GaussianNLLLoss nn.GRU nn.LSTM nn.RNN nn.TransformerEncoder resize_ resize_as_
     """.split()
 )
 EACH = {"forward": 6, "backward": 12, "chain": 12, "train": 4, "eval": 4}
@@ -229,7 +229,7 @@ def both(call: Any, operands: Any, bob: VirtualWorker) -> list[tuple[Any, Any]]:
 def test_gradients_of_what_depends_on_values(bob: VirtualWorker, name: str) -> None:
     torch.manual_seed(0)
     x, z, weights = torch.randn(3, 5), torch.randn(5, dtype=torch.complex64), torch.rand(5)
-    counts, light = torch.tensor([1, 2, 0, 1, 3]), torch.full((5,), 0.01)
+    counts = torch.tensor([1, 2, 0, 1, 3])
     one, two, last = torch.tensor(1), torch.tensor(2, dtype=torch.int32), torch.tensor(-2)
     calls: dict[str, list[tuple[Any, list[torch.Tensor]]]] = {
         "cov": [
@@ -252,14 +252,16 @@ def test_gradients_of_what_depends_on_values(bob: VirtualWorker, name: str) -> N
         ],
     }
     for call, operands in calls[name]:
-        for far, near in both(call, operands, bob):
+        pairs = both(call, operands, bob)
+        assert torch.equal(pairs[0][0].detach().get(keep=True), pairs[0][1].detach())
+        for far, near in pairs:
             assert far.shape == near.shape and far.stride() == near.stride()
             torch.testing.assert_close(far.detach().get(), near.detach(), rtol=1e-5, atol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        p, w = farpoint.send(x, bob).requires_grad_(), farpoint.send(light, bob)
-        infinite: Any = torch.cov(p, aweights=w)
-        assert torch.equal(infinite.detach().get(), torch.cov(x, aweights=light))  # infinite: no degree of freedom
+        p, w = farpoint.send(x, bob).requires_grad_(), farpoint.send(counts, bob)
+        infinite: Any = torch.cov(p, fweights=w, correction=9)  # no degree of freedom
+        assert infinite.isinf().any().get(keep=True) and torch.equal(infinite.detach().get(), torch.cov(x, fweights=counts, correction=9))
 
 
 def test_what_is_wrong_is_refused_with_a_gradient_too(bob: VirtualWorker) -> None:
@@ -273,6 +275,7 @@ def test_what_is_wrong_is_refused_with_a_gradient_too(bob: VirtualWorker) -> Non
         (lambda: torch.cov(p, aweights=sent(1.0, 1.0, -1.0, 1.0, 1.0)), "aweights cannot be negative"),
         (lambda: torch.cov(p, fweights=sent(0, 0, 0, 0, 0)), "sum to zero"),
         (lambda: torch.narrow(p, 1, sent(4)[0], 2), "exceeds dimension size"),
+        (lambda: torch.narrow(p, 1, sent(-9)[0], 2), "start out of range"),
         (lambda: torch.narrow(p, 2, sent(4)[0], 2), "Dimension out of range"),
         (lambda: torch.tensor_split(p, sent(0)[0]), "number of sections must be larger than 0"),
         (lambda: torch.tensor_split(p, sent(1, 2), dim=2), "Dimension out of range"),
@@ -334,6 +337,16 @@ def test_a_cumulative_average_of_other_layouts_and_dtypes(bob: VirtualWorker) ->
             near(x)
         for name, tensor in near.named_buffers():
             torch.testing.assert_close(far.get_buffer(name).get(keep=True), tensor, rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def test_a_module_of_which_only_the_counter_is_elsewhere(bob: VirtualWorker) -> None:
+    module = torch.nn.BatchNorm1d(3, momentum=None)
+    module.num_batches_tracked = farpoint.send(torch.tensor(0), bob)
+    with pytest.raises(ValueNotHereError):
+        module(torch.randn(4, 3))
+    with pytest.raises(NotColocatedError):
+        module(farpoint.send(torch.randn(4, 3), bob))
+    assert not any(buffer.isnan().any() for buffer in (module.get_buffer("running_mean"), module.get_buffer("running_var")))
 
 
 def test_a_factor_that_is_no_number_is_left_to_torch(bob: VirtualWorker) -> None:

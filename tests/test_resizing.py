@@ -11,7 +11,7 @@ import torch
 
 import farpoint
 from farpoint import QuotaError, RemoteWorker
-from farpoint.errors import ExecutorCrashedError, FarpointError
+from farpoint.errors import ExecutorCrashedError, FarpointError, ProtocolError
 from farpoint.isolation import memory
 from farpoint.isolation.memory import SMALL
 from farpoint.isolation.processes import zygote
@@ -120,6 +120,12 @@ class TestWhatItBecomes:
         found = tensor(x).send(bob).resize_(5).get()
         assert found.dtype is dtype and torch.equal(found, torch.cat([x, torch.zeros(2, dtype=dtype)]))
 
+    def test_what_begins_within_its_memory(self, bob: Place) -> None:
+        p = tensor(torch.ones(4)).send(bob) + 0  # made by torch, which would let its memory grow
+        tail = p[3:]
+        assert tail.resize_(2, 3).get(keep=True).tolist() == [[1, 0, 0], [0, 0, 0]]
+        assert {value.untyped_storage().nbytes() for value in bob.worker.store.values()} == {36}
+
     def test_conj_and_neg_bits(self, bob: Place) -> None:
         z = torch.tensor([1 + 2j, 3 - 4j])
         p = tensor(z).send(bob).conj()
@@ -148,7 +154,9 @@ class TestWhatItBecomes:
         for size in (-1, (2, -3)):
             with pytest.raises(RuntimeError):
                 p.resize_(size)
-        assert torch.equal(p.get(), torch.ones(3))
+        with pytest.raises(ProtocolError, match="33 dimensions"):
+            p.resize_([1] * 33)
+        assert p.shape == (3,) and torch.equal(p.get(), torch.ones(3))
 
 
 class TestWhoSeesIt:
@@ -256,6 +264,7 @@ class TestHostile:
     def test_strides_that_overflow(self, bob: Place, mallory: RawClient) -> None:
         mallory.say([int(Kind.PUT), 1, torch.ones(3), False, [], ""])
         assert error_of(resize_to(mallory, [2**40, 0, 2**22])[1]) == "ProtocolError"
+        assert error_of(resize_to(mallory, [1] * 33)[1]) == "ProtocolError"
         assert resize_to(mallory, [2**36, 0, 2**21], memory_format=["c", None]) is None
         assert bob.worker.store[1].stride() == (2**21, 2**21, 1) and bob.worker.store.nbytes == 12
         assert resize_to(mallory, [3]) is None
@@ -364,3 +373,4 @@ class TestWithoutTorch:
         p = tensor(torch.ones(3)).send(bob)
         p.resize_(SMALL)
         assert (p + p).get().sum() == 6
+        assert memory.file_of(bob.worker.store[p.id_at_location].untyped_storage()) is None

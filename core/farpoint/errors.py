@@ -7,7 +7,7 @@ what to type next::
     ├── PointerError (RuntimeError)         a pointer cannot be used like that
     │   ├── PointerSpentError                 its reference was given up: by get, move, free
     │   ├── NotColocatedError                 the operands of one operation live in different places
-    │   ├── ResizedOutputError (ValueError)   out= has another shape than the result
+    │   ├── ResizedOutputError (ValueError)   out= would have to be laid out in another way
     │   ├── ValueNotHereError                 bool(p), p.item(), numpy.asarray(p): the value is elsewhere
     │   └── ForkedPointerError                the pointer was made before this process was forked
     ├── ObjectNotFoundError (LookupError)   a worker has no such object, or you hold no reference to it

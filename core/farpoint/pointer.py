@@ -115,7 +115,7 @@ class PointerTensor(torch.Tensor):
             from farpoint.handover import place
 
             args = (args[0], place(args[1], args[0]._route.workers), *args[2:])  # as torch copies from one device to another
-        if func is _BATCH_NORM and kwargs and kwargs["momentum"] != kwargs["momentum"]:
+        if func is _BATCH_NORM and kwargs:
             result = presumptions.average(args, kwargs)
             if result is not NotImplemented:
                 return result

@@ -8,6 +8,7 @@ multiplies by it.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -180,8 +181,12 @@ _STEPS: Final[dict[Any, Callable[..., Any]]] = {
 
 
 def is_averaging() -> bool:
-    """Return whether a number of batches is asked for to divide by it, three calls above. It may be said to be NaN, then."""
-    return sys._getframe(3).f_code is _AVERAGING
+    """Return whether a number of batches is asked for to divide by it, three calls above. It may be said to be NaN, then.
+
+    What comes of that is `average`'s to see, and so must be about pointers.
+    """
+    frame = sys._getframe(3)
+    return frame.f_code is _AVERAGING and hasattr(frame.f_locals["input"], "_route")
 
 
 def average(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -197,6 +202,9 @@ def average(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     Returns:
         What it returns, or NotImplemented if it was called by somebody else.
     """
+    momentum = kwargs.get("momentum")
+    if type(momentum) is not float or not math.isnan(momentum):
+        return NotImplemented
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not _AVERAGING:
         frame = frame.f_back

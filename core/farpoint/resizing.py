@@ -15,7 +15,8 @@ from weakref import WeakSet
 import torch
 
 from farpoint.errors import MalformedMessageError, ProtocolError
-from farpoint.protocol.shapes import brief
+from farpoint.protocol.shapes import brief, is_spec
+from farpoint.tensors import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from farpoint.guest import Guest
@@ -40,7 +41,7 @@ def resize(worker: Worker, guest: Guest, template: Template, values: list[Any], 
 
     Raises:
         MalformedMessageError: What shall be resized is no object.
-        ProtocolError: The size is beyond all storages.
+        ProtocolError: The size is beyond all storages, or of more dimensions than tensors that travel.
         QuotaError: There is no room for it.
         RuntimeError: It is none that torch takes.
     """
@@ -51,12 +52,14 @@ def resize(worker: Worker, guest: Guest, template: Template, values: list[Any], 
         raise MalformedMessageError("RUN", "values", "the id of what shall be resized", brief(object_id))
     shape, stride = _geometry(template.operation.call, args, kwargs)
     offset, storage = int(operand.storage_offset()), operand.untyped_storage()
+    if not is_spec([shape, stride, offset, DTYPE_NAMES[operand.dtype], operand.is_conj(), operand.is_neg()]):
+        raise ProtocolError(f"{template.operation.name} would make a tensor of {len(shape)} dimensions that nobody could be told of")
     size = offset + 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
     growth = size * operand.itemsize - storage.nbytes()
     if growth > 0:
         guest.quota.check(growth, 0)
         storage = _replace(worker, storage, storage.nbytes() + growth)
-    # Another tensor, as what is under way with the present one has its size.
+    # Another tensor, as what is under way with the present one has its size. The storage is large enough, or torch would let it grow.
     resized = operand.detach().set_(storage, offset, shape, stride)
     worker.store[object_id] = resized
     return resized
@@ -69,7 +72,7 @@ def _geometry(call: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[l
     wanted: Any = named.get("size", args[1] if len(args) > 1 else named.get("the_template"))
     sizes = wanted.shape if isinstance(wanted, torch.Tensor) else wanted
     if math.prod(max(size, 1) for size in sizes) > _TOO_MANY:  # torch multiplies in 64 bits, and does not always look
-        raise ProtocolError(f"a tensor of {list(sizes)} elements is larger than any storage")
+        raise ProtocolError(f"a tensor of shape {list(sizes)} is larger than any storage")
     with torch.no_grad():
         resized = call(*(shadows.get(id(value), value) for value in args), **named)
     return list(resized.shape), list(resized.stride())
