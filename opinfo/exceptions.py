@@ -28,12 +28,13 @@ class Listed:
     columns: tuple[str, ...] = OPERATIONS
 
 
+_WITHOUT_GRADIENT: Final = ("forward", "chain")
 _SPARSE: Final = "Sparse tensors do not travel: what checks all invariants of their indices is not written yet."
 
 _ALL: Final[tuple[Listed, ...]] = (
-    Listed("item", errors.ValueNotHereError, "It is the value, which leaves a worker by `get` alone."),
-    Listed("equal", errors.ValueNotHereError, "Likewise: `(p == q).all()` is the pointer that answers it."),
-    Listed("allclose", errors.ValueNotHereError, "Likewise: `torch.isclose(p, q).all()`."),
+    Listed("item", errors.ValueNotHereError, "It is the value, which leaves a worker by `get` alone.", _WITHOUT_GRADIENT),
+    Listed("equal", errors.ValueNotHereError, "Likewise: `(p == q).all()` is the pointer that answers it.", _WITHOUT_GRADIENT),
+    Listed("allclose", errors.ValueNotHereError, "Likewise: `torch.isclose(p, q).all()`.", _WITHOUT_GRADIENT),
     Listed("sparse.sampled_addmm", errors.EncodeError, _SPARSE),
     Listed("sparse.mm.reduce", errors.EncodeError, _SPARSE),
     Listed("to_sparse", errors.OperationNotAllowedError, _SPARSE),
