@@ -28,51 +28,22 @@ class Listed:
     columns: tuple[str, ...] = OPERATIONS
 
 
-_MODULES: Final = ("train",)
+_WITHOUT_GRADIENT: Final = ("forward", "chain")
 _SPARSE: Final = "Sparse tensors do not travel: what checks all invariants of their indices is not written yet."
 
 _ALL: Final[tuple[Listed, ...]] = (
-    Listed("item", errors.ValueNotHereError, "It is the value, which leaves a worker by `get` alone."),
-    Listed("equal", errors.ValueNotHereError, "Likewise: `(p == q).all()` is the pointer that answers it."),
-    Listed("allclose", errors.ValueNotHereError, "Likewise: `torch.isclose(p, q).all()`."),
+    Listed("item", errors.ValueNotHereError, "It is the value, which leaves a worker by `get` alone.", _WITHOUT_GRADIENT),
+    Listed("equal", errors.ValueNotHereError, "Likewise: `(p == q).all()` is the pointer that answers it.", _WITHOUT_GRADIENT),
+    Listed("allclose", errors.ValueNotHereError, "Likewise: `torch.isclose(p, q).all()`.", _WITHOUT_GRADIENT),
     Listed("sparse.sampled_addmm", errors.EncodeError, _SPARSE),
     Listed("sparse.mm.reduce", errors.EncodeError, _SPARSE),
     Listed("to_sparse", errors.OperationNotAllowedError, _SPARSE),
     Listed("SparseAdam", errors.OperationNotAllowedError, "Likewise: it takes sparse gradients only.", ("optimizers",)),
-    Listed("resize_", errors.OperationNotAllowedError, "It would grow a storage that others may share, with memory nobody has written."),
-    Listed("resize_as_", errors.OperationNotAllowedError, "Likewise."),
-    Listed(
-        "cov",
-        errors.ValueNotHereError,
-        "With weights torch looks at their sum to choose a formula. Without a gradient the worker does all of it.",
-        ("backward",),
-    ),
-    Listed(
-        "narrow",
-        errors.ValueNotHereError,
-        "A start that is a tensor is read. Without a gradient the worker does all of it; with one, give a number.",
-        ("backward",),
-    ),
-    Listed(
-        "tensor_split",
-        errors.ValueNotHereError,
-        "Indices that are a tensor are read. Without a gradient the worker does all of it; with one, give numbers.",
-        ("backward",),
-    ),
     Listed(
         "nn.functional.linear_cross_entropy.chunked_none",
         errors.NotColocatedError,
-        "Its backward formula is Python with buffers of its own, which it makes here and writes to.",
+        "Its backward formula is Python with buffers of its own, which it makes here and writes to. `options=None` has another one.",
         ("backward",),
-    ),
-    *(
-        Listed(
-            f"nn.BatchNorm{dims}d",
-            errors.ValueNotHereError,
-            "With `momentum=None` torch divides by the number of batches, as a Python number: give a momentum.",
-            _MODULES,
-        )
-        for dims in (1, 2, 3)
     ),
 )
 

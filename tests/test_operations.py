@@ -12,6 +12,7 @@ import torch
 from farpoint.errors import OperationNotAllowedError, PluginError, ProtocolError
 from farpoint.limits import Limits
 from farpoint.operations import (
+    RESIZING,
     UNINITIALISED,
     Hole,
     Operation,
@@ -38,7 +39,7 @@ FORBIDDEN = (
     r"^set\.",
     r"storage",
     r"^_reshape_alias",
-    r"^_?resize",
+    r"^_?resize(?!_\.default$|_as_\.default$)",
     r"^_local_scalar_dense|^item\.|^equal\.|^is_nonzero|^allclose",
     r"sparse|_coo|_csr|_csc|_bsr|_bsc|coalesce|to_dense",
     r"nested|mkldnn|cudnn|miopen|xnnpack|vulkan",
@@ -230,6 +231,21 @@ class TestTable:
         assert names() >= {f"aten::{name}" for name in USED}
 
 
+class TestResizing:
+    def test_every_operation_that_resizes_is_marked(self) -> None:
+        assert {name for name in names() if "resize" in name} == RESIZING
+
+    def test_sizes(self) -> None:
+        resize = lookup("aten::resize_.default")
+        check_arguments(resize, [T, [2**40, 2**20]], {"memory_format": torch.channels_last})
+        for size in ([2**40 + 1], [2**40, 2**40], ["1"], [1.0], [None], [T], [S], None, 2, [1] * 65):
+            with pytest.raises(ProtocolError):
+                check_arguments(resize, [T, size], {})
+        for args in ([2.0, [1]], [S, [1]], [[T], [1]]):
+            with pytest.raises(ProtocolError):
+                check_arguments(resize, args, {})
+
+
 class TestUninitialised:
     def test_names_are_in_the_table(self) -> None:
         assert names() >= UNINITIALISED
@@ -295,7 +311,7 @@ class TestOperation:
         assert lookup("aten::normal_.default").random
         assert lookup("aten::native_dropout.default").random
         assert not lookup("aten::add_.Tensor").random
-        for name in ("t_.default", "unsqueeze_.default", "squeeze_.dim", "transpose_.default"):
+        for name in ("t_.default", "unsqueeze_.default", "squeeze_.dim", "transpose_.default", "resize_.default", "resize_as_.default"):
             assert lookup(f"aten::{name}").metadata_writing, name
         assert not lookup("aten::add_.Tensor").metadata_writing
 

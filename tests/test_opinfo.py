@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import farpoint
-from farpoint import VirtualWorker
+from farpoint import VirtualWorker, modules
 from farpoint.errors import (
     FarpointError,
     NotColocatedError,
@@ -33,7 +33,7 @@ FAILED_ONCE = frozenset(
     nn.functional.dropout nn.functional.fractional_max_pool2d nn.functional.gaussian_nll_loss
     nn.functional.linear_cross_entropy.chunked nn.functional.max_unpool2d nn.functional.one_hot nn.functional.rrelu norm.nuc normal
     ormqr prod quantile scatter _segment_reduce.lengths _segment_reduce.offsets svd tensor_split unravel_index view_as_real fft.hfft
-    nn.BatchNorm1d nn.GaussianNLLLoss nn.GRU nn.LSTM nn.RNN nn.TransformerEncoder Adagrad.fused
+    nn.BatchNorm1d nn.GaussianNLLLoss nn.GRU nn.LSTM nn.RNN nn.TransformerEncoder Adagrad.fused resize_ resize_as_
     """.split()
 )
 EACH = {"forward": 6, "backward": 12, "chain": 12, "train": 4, "eval": 4, "optimizers": 3}
@@ -207,10 +207,154 @@ def test_what_is_done_as_a_whole_is_what_torch_does(bob: VirtualWorker) -> None:
         assert torch.equal(found.get(), torch.nn.functional.one_hot(x, num_classes=classes))
     parts: Any = torch.tensor_split(p, farpoint.send(torch.tensor([1]), bob))
     assert [part.get().tolist() for part in parts] == [[2], [0, 1]]
-    with pytest.raises(ValueNotHereError):
-        torch.narrow(p.double().requires_grad_(), 0, farpoint.send(torch.tensor(1), bob), 1)
     with pytest.raises((FarpointError, RuntimeError), match=r"one_hot|negative"):
         torch.nn.functional.one_hot(p - 1)
+
+
+def both(call: Any, operands: Any, bob: VirtualWorker) -> list[tuple[Any, Any]]:
+    """Return what a call makes of pointers, its first and second gradients included, each beside what it makes here."""
+    found = []
+    for send in (lambda x: farpoint.send(x, bob), torch.clone):
+        given = [send(x.detach()).requires_grad_() if x.is_floating_point() or x.is_complex() else send(x) for x in operands]
+        leaves = [x for x in given if x.requires_grad]
+        result = call(*given)
+        results = list(result) if isinstance(result, tuple) else [result]
+        first = torch.autograd.grad([(y * y.conj()).real.sum() for y in results], leaves, create_graph=True)
+        second = torch.autograd.grad([(g * g.conj()).real.sum() for g in first], leaves)
+        found.append([*results, *first, *second])
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["cov", "narrow", "tensor_split"])
+def test_gradients_of_what_depends_on_values(bob: VirtualWorker, name: str) -> None:
+    torch.manual_seed(0)
+    x, z, weights = torch.randn(3, 5), torch.randn(5, dtype=torch.complex64), torch.rand(5)
+    counts = torch.tensor([1, 2, 0, 1, 3])
+    one, two, last = torch.tensor(1), torch.tensor(2, dtype=torch.int32), torch.tensor(-2)
+    calls: dict[str, list[tuple[Any, list[torch.Tensor]]]] = {
+        "cov": [
+            (lambda x, w: torch.cov(x, aweights=w), [x, weights]),
+            (lambda x, w: torch.cov(x, correction=2, aweights=w), [x, weights + 1]),
+            (lambda x, c: x.cov(fweights=c, correction=0), [x, counts]),
+            (lambda x, c, w: x[0].cov(fweights=c, aweights=w), [x, counts, weights]),
+            (lambda z, w: torch.cov(z, aweights=w), [z, weights]),
+        ],
+        "narrow": [
+            (lambda x, one: torch.narrow(x, 1, one, 2), [x, one]),
+            (lambda x, two: x.t().narrow(dim=0, start=two, length=3), [x, two]),
+            (lambda x, last: x.narrow(-1, last, 2), [x, last]),
+            (lambda x, one: x[:1].expand(4, 5).narrow(0, one, 2), [x, one]),
+        ],
+        "tensor_split": [
+            (torch.tensor_split, [x, torch.tensor([1, 2])]),
+            (lambda x, i: x.tensor_split(i, dim=1), [x, torch.tensor([3, 1, -1, 9])]),
+            (lambda x, i: torch.tensor_split(x, tensor_indices_or_sections=i, dim=-1), [x, torch.tensor(3)]),
+        ],
+    }
+    for call, operands in calls[name]:
+        pairs = both(call, operands, bob)
+        assert torch.equal(pairs[0][0].detach().get(keep=True), pairs[0][1].detach())
+        for far, near in pairs:
+            assert far.shape == near.shape and far.stride() == near.stride()
+            torch.testing.assert_close(far.detach().get(), near.detach(), rtol=1e-5, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        p, w = farpoint.send(x, bob).requires_grad_(), farpoint.send(counts, bob)
+        infinite: Any = torch.cov(p, fweights=w, correction=9)  # no degree of freedom
+        assert infinite.isinf().any().get(keep=True) and torch.equal(infinite.detach().get(), torch.cov(x, fweights=counts, correction=9))
+
+
+def test_what_is_wrong_is_refused_with_a_gradient_too(bob: VirtualWorker) -> None:
+    x = torch.randn(3, 5)
+    p: Any = farpoint.send(x, bob).requires_grad_()
+
+    def sent(*values: float) -> Any:
+        return farpoint.send(torch.tensor(values), bob)
+
+    wrong: list[tuple[Any, str]] = [
+        (lambda: torch.cov(p, aweights=sent(1.0, 1.0, -1.0, 1.0, 1.0)), "aweights cannot be negative"),
+        (lambda: torch.cov(p, fweights=sent(0, 0, 0, 0, 0)), "sum to zero"),
+        (lambda: torch.narrow(p, 1, sent(4)[0], 2), "exceeds dimension size"),
+        (lambda: torch.narrow(p, 1, sent(-9)[0], 2), "start out of range"),
+        (lambda: torch.narrow(p, 2, sent(4)[0], 2), "Dimension out of range"),
+        (lambda: torch.tensor_split(p, sent(0)[0]), "number of sections must be larger than 0"),
+        (lambda: torch.tensor_split(p, sent(1, 2), dim=2), "Dimension out of range"),
+    ]
+    for call, text in wrong:
+        with pytest.raises((FarpointError, RuntimeError, IndexError), match=text):
+            call()
+
+
+def test_parts_by_indices_that_are_a_tensor_are_views(bob: VirtualWorker) -> None:
+    x = torch.arange(6.0)
+    leaves: list[Any] = [farpoint.send(x, bob).requires_grad_(), x.clone().requires_grad_()]
+    found = []
+    for leaf, index in zip(leaves, (farpoint.send(torch.tensor([1, 4]), bob), torch.tensor([1, 4])), strict=True):
+        whole = leaf * 1
+        part = torch.tensor_split(whole, index)[1]
+        part.mul_(whole[0] + 3)
+        whole.narrow(0, index[0], 2).exp_()
+        whole.sum().backward()
+        found += [whole.detach(), leaf.grad]
+    assert torch.equal(found[0].get(), found[2]) and torch.equal(found[1].get(), found[3])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_cumulative_average_never_reads_how_many_there_were(bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
+    torch.manual_seed(0)
+    kind: Any = getattr(torch.nn, f"BatchNorm{dims}d")
+    batches = [torch.randn(4, 3, *[5] * dims) * 3 + n for n in range(7)]
+    near, far = kind(3, momentum=None), kind(3, momentum=None)
+    modules.send(far, bob)
+    sent = [farpoint.send(batch, bob).requires_grad_() for batch in batches]
+    with monkeypatch.context() as patched:
+        patched.setattr("farpoint.handover.get", None)
+        with farpoint.allow_scalars():  # would fetch it
+            results = [far(p) for p in sent]
+            total: Any = torch.stack(results).pow(3).sum()
+            total.backward()
+    here = [batch.clone().requires_grad_() for batch in batches]
+    expected = [near(x) for x in here]
+    total = torch.stack(expected).pow(3).sum()
+    total.backward()
+    pairs = [*zip(results, expected, strict=True), *((p.grad, x.grad) for p, x in zip(sent, here, strict=True))]
+    pairs += [(b, near.get_buffer(name)) for name, b in far.named_buffers()]
+    pairs += [(w.grad, near.get_parameter(name).grad) for name, w in far.named_parameters()]
+    for there, local in pairs:
+        assert torch.equal(there.detach().get(keep=True), local.detach())
+    far.eval()
+    assert torch.equal(far(sent[0]).detach().get(), near.eval()(here[0]).detach())
+
+
+def test_a_cumulative_average_of_other_layouts_and_dtypes(bob: VirtualWorker) -> None:
+    torch.manual_seed(0)
+    for dtype, turn in ((torch.float32, True), (torch.float64, False), (torch.float64, True)):
+        near, far = (torch.nn.BatchNorm1d(3, momentum=None, affine=False, dtype=dtype) for _ in range(2))
+        modules.send(far, bob)
+        for _ in range(3):
+            x = torch.randn(4, 5, 3, dtype=dtype).transpose(1, 2) if turn else torch.randn(4, 3, 5, dtype=dtype)
+            far(farpoint.send(x.transpose(1, 2), bob).transpose(1, 2) if turn else farpoint.send(x, bob))
+            near(x)
+        for name, tensor in near.named_buffers():
+            torch.testing.assert_close(far.get_buffer(name).get(keep=True), tensor, rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def test_a_module_of_which_only_the_counter_is_elsewhere(bob: VirtualWorker) -> None:
+    module = torch.nn.BatchNorm1d(3, momentum=None)
+    module.num_batches_tracked = farpoint.send(torch.tensor(0), bob)
+    with pytest.raises(ValueNotHereError):
+        module(torch.randn(4, 3))
+    with pytest.raises(NotColocatedError):
+        module(farpoint.send(torch.randn(4, 3), bob))
+    assert not any(buffer.isnan().any() for buffer in (module.get_buffer("running_mean"), module.get_buffer("running_var")))
+
+
+def test_a_factor_that_is_no_number_is_left_to_torch(bob: VirtualWorker) -> None:
+    p, mean, variance = (farpoint.send(torch.rand(4, 3)[: n or None].squeeze(), bob) for n in (0, 1, 1))
+    torch.nn.functional.batch_norm(p, mean, variance, training=True, momentum=math.nan)
+    assert mean.get().isnan().all()
+    with pytest.raises(ValueNotHereError):
+        float(p[0, 0])
 
 
 @pytest.mark.parametrize("unsafe", [False, True])

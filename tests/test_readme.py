@@ -52,7 +52,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("tensor([2, 4, 6, 8])\n")
 
 
-@pytest.mark.parametrize("name", ["workers.md", "training.md"])
+@pytest.mark.parametrize("name", ["workers.md", "training.md", "operations.md"])
 def test_the_examples_in_the_docs_run(name: str) -> None:
     page = (ROOT / "docs" / name).read_text()
     namespace = {"__name__": "example"}

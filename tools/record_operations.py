@@ -125,6 +125,8 @@ ADDED: dict[str, str] = {
     "aten::cov.default": "is composite and reads weights to check them; never recorded, as it comes apart above dispatch",
     "aten::narrow.Tensor": "likewise, its start",
     "aten::one_hot.default": "likewise, its classes",
+    "aten::resize_.default": "is carried out by the worker, not by torch: it charges the growth, and zeroes it",
+    "aten::resize_as_.default": "likewise",
     "aten::scatter.value_reduce": "the same as scatter.reduce with a number, which too few samples call",
     "aten::scatter_.value_reduce": "likewise",
     "aten::segment_reduce.default": "what it trusts is checked by a rule, also if it is told `unsafe`",

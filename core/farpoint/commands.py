@@ -22,10 +22,12 @@ from farpoint.failures import describe_failure
 from farpoint.forecast import forecast
 from farpoint.listing import list_store
 from farpoint.names import check_description, check_note, check_query, check_tags, words_of
+from farpoint.operations import RESIZING
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import brief, check_run, is_number
 from farpoint.quota import weigh
+from farpoint.resizing import resize
 from farpoint.spec import describe_tensor, spec_from_wire
 from farpoint.stored import Poisoned, StoredPointer
 from farpoint.template import Template
@@ -144,7 +146,10 @@ class Commands:
             self._pass_on(guest, number, template, values, results, given)
             return
         # Stored tensors require no grad: the tape is the client's.
-        returned = guest.executor.execute(template, values)
+        if template.operation.name in RESIZING:
+            returned = resize(self._worker, guest, template, values, given)
+        else:
+            returned = guest.executor.execute(template, values)
         if self._worker.isolation is not None:
             for result in filter(None, results):  # others have been served meanwhile
                 self._worker.check_new(result)

@@ -7,7 +7,7 @@ what to type next::
     ├── PointerError (RuntimeError)         a pointer cannot be used like that
     │   ├── PointerSpentError                 its reference was given up: by get, move, free
     │   ├── NotColocatedError                 the operands of one operation live in different places
-    │   ├── ResizedOutputError (ValueError)   out= has another shape than the result
+    │   ├── ResizedOutputError (ValueError)   out= would have to be laid out in another way
     │   ├── ValueNotHereError                 bool(p), p.item(), numpy.asarray(p): the value is elsewhere
     │   └── ForkedPointerError                the pointer was made before this process was forked
     ├── PlanError (RuntimeError)            a function cannot be a plan, or is not the one that was recorded
@@ -122,7 +122,7 @@ class NotColocatedError(PointerError):
 
 
 class ResizedOutputError(PointerError, ValueError):
-    """The pointer given as `out=` has another shape than the result. It is not resized.
+    """The pointer given as `out=` would have to be laid out in another way than it is, which torch does on the way.
 
     Attributes:
         call: The operator.
@@ -135,7 +135,7 @@ class ResizedOutputError(PointerError, ValueError):
         self.given = given
         self.wanted = wanted
         super().__init__(
-            f"{call}: out= has the shape {given}, and the result {wanted}; a pointer is not resized. "
+            f"{call}: out= has the shape {given}, and torch would give it the shape {wanted}, with strides of the operands. "
             f"Pass torch.empty({wanted}).send(worker), or leave out= away and use what is returned"
         )
 

@@ -53,13 +53,14 @@ class Signature:
             whole if the worker must be asked.
         structure: How the outputs are nested, None for a single one.
         changed: Operands whose metadata the operation changes, with their new specs.
+        resized: Outputs that must be resized before it runs: torch would do it on its way, without looking who shares their memory.
         only: The spec of the one new tensor, if that is all there is, as it is for almost every operation.
         nbytes: Bytes of the new tensors.
         count: How many there are where the worker must be asked, None if that is not known either.
         is_list: Whether they come as a list there.
     """
 
-    __slots__ = ("changed", "count", "is_list", "nbytes", "only", "outputs", "structure", "template")
+    __slots__ = ("changed", "count", "is_list", "nbytes", "only", "outputs", "resized", "structure", "template")
 
     def __init__(self, template: Template, count: int | None, is_list: bool) -> None:
         self.template = template
@@ -68,6 +69,7 @@ class Signature:
         self.outputs: list[Any] | None = None
         self.structure: Any = None
         self.changed: list[tuple[int, TensorSpec]] = []
+        self.resized: list[tuple[int, TensorSpec]] = []
         self.only: TensorSpec | None = None
         self.nbytes = 0
 
@@ -177,10 +179,15 @@ def _infer(layout: Layout, args: Sequence[Any], kwargs: dict[str, Any], specs: l
         (only,) = signature.outputs
         signature.only = only if isinstance(only, TensorSpec) else None
     if operation.written or operation.written_names:
-        signature.changed = [(i, spec_of(t)) for i, t in enumerate(tensors) if spec_of(t) is not specs[i]]
-        if signature.changed and not operation.metadata_writing:
-            position, wanted = signature.changed[0]
-            raise ResizedOutputError(operation.name, str(list(specs[position].shape)), str(list(wanted.shape)))
+        changed = [(i, spec_of(t)) for i, t in enumerate(tensors) if spec_of(t) is not specs[i]]
+        if operation.metadata_writing:
+            signature.changed = changed
+            return signature
+        for position, wanted in changed:
+            plain_stride = torch.empty(wanted.shape, device="meta").stride()
+            if specs[position].shape == wanted.shape or wanted.stride != plain_stride:
+                raise ResizedOutputError(operation.name, str(list(specs[position].shape)), str(list(wanted.shape)))
+        signature.resized = changed
     return signature
 
 

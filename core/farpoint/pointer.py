@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from farpoint.errors import (
 from farpoint.handle import Handle
 from farpoint.inference import Signature, layout_of, signature_of
 from farpoint.operands import Operands
+from farpoint.operations import RESIZING
 from farpoint.protocol.messages import Kind
 from farpoint.provenance import Place, caller
 from farpoint.references import Reference
@@ -38,10 +40,12 @@ _make = torch.Tensor._make_wrapper_subclass
 _forbid_reading = torch._C._set_throw_on_mutable_data_ptr  # the shell is no memory, and some of torch's C++ would not ask
 _ids = itertools.count(1)
 _COPY: Any = torch.Tensor.copy_
+_BATCH_NORM: Any = torch.nn.functional.batch_norm
 _SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # of a property in C
 _SETTER = type(_SET_DATA)
 _SHELL = re.compile("its data is not allocated yet|Cannot access data pointer")  # what torch says of a tensor without memory
 _SET: Any = torch.ops.aten.set_.source_Tensor
+_RESIZE: Any = torch.ops.aten.resize_.default
 
 
 @attrs.frozen
@@ -84,6 +88,17 @@ class PointerTensor(Handle, torch.Tensor):
             spec: Metadata of the tensor.
             requires_grad: Whether autograd records what is done with it.
         """
+        pointer = PointerTensor.shell(spec, requires_grad)
+        pointer._route = route
+        pointer._reference = reference
+        pointer._spec = spec
+        if recording.runs:
+            recording.made(pointer)
+        return pointer
+
+    @staticmethod
+    def shell(spec: TensorSpec, requires_grad: bool = False) -> PointerTensor:
+        """Return a pointer that points at nothing yet: what torch knows of one."""
         pointer: PointerTensor
         if spec.compact:
             pointer = _make(PointerTensor, spec.shape, dtype=spec.dtype, requires_grad=requires_grad)
@@ -94,11 +109,6 @@ class PointerTensor(Handle, torch.Tensor):
             torch._C._set_conj(pointer, spec.conj)
             torch._C._set_neg(pointer, spec.neg)
         _forbid_reading(pointer)
-        pointer._route = route
-        pointer._reference = reference
-        pointer._spec = spec
-        if recording.runs:
-            recording.made(pointer)
         return pointer
 
     @classmethod
@@ -115,6 +125,10 @@ class PointerTensor(Handle, torch.Tensor):
             from farpoint.handover import place
 
             args = (args[0], place(args[1], args[0]._route.workers), *args[2:])  # as torch copies from one device to another
+        if func is _BATCH_NORM and kwargs:
+            result = presumptions.average(args, kwargs)
+            if result is not NotImplemented:
+                return result
         try:
             gate.check(cls, func, args, kwargs)
             if func in CALLS:
@@ -249,8 +263,8 @@ def _set(pointer: Any, value: Any) -> Any:
     """Carry out `pointer.set_(value)`, by which torch changes what a parameter is when it is parametrized."""
     if not (type(pointer) is type(value) is PointerTensor):
         raise NotColocatedError("p.set_(x)", "a pointer", "a local tensor", "send it there first, and set it to the pointer")
-    _change_metadata(_SET, (pointer, value), {})
-    pointer._reference, pointer._route, pointer._spec = value._reference, value._route, value._spec
+    _change_metadata(pointer, value._spec)
+    pointer._reference, pointer._route = value._reference, value._route
     return pointer
 
 
@@ -274,14 +288,11 @@ def _otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return False
     if func is torch.Tensor.__bool__ and presumptions.no_doubt(args[0], dispatch):
         return True
+    if func is torch.Tensor.__float__ and presumptions.is_averaging():
+        return math.nan
     if may_read(func, gate.first_pointer(PointerTensor, args, kwargs)):
         return read(func, args, kwargs)
-    found = presumptions.whole(func, args, kwargs)
-    if found is None:
-        return NotImplemented
-    operator, named = found
-    with torch._C.DisableTorchFunctionSubclass():
-        return dispatch(operator, args, named)
+    return presumptions.otherwise(func, args, kwargs, dispatch)
 
 
 def dispatch(
@@ -313,6 +324,10 @@ def dispatch(
     if layout.operation.written_names:
         operands.refuse_local_writes(layout.operation, args, kwargs)
     signature = signature_of(tuple(operands.key), layout, args, kwargs, tensors)
+    if signature.resized:
+        for position, spec in signature.resized:
+            dispatch(_RESIZE, (tensors[position], spec.shape), {})
+        return dispatch(func, args, kwargs, place)
     peer = route.peer
     route.order()
     # Three frames need not be looked at: this one, __torch_dispatch__ and the function itself.
@@ -326,11 +341,14 @@ def dispatch(
     if signature.outputs is None:
         return _ask(func, route, signature, operands)
     results = [peer.references.new_id() if type(output) is TensorSpec else 0 for output in signature.outputs]
+    resizing = bool(signature.changed) and signature.template.operation.name in RESIZING
+    if resizing:
+        peer.flush()  # what was given up makes room for it
     peer.run(signature.template, operands.values, results, origin, signature.nbytes)
-    if signature.changed:
-        for position, spec in signature.changed:
-            tensors[position]._spec = spec
-        _change_metadata(func, args, kwargs)
+    for position, spec in signature.changed:
+        if resizing:
+            _await_resize(tensors[position], spec)
+        _change_metadata(tensors[position], spec)
     values: list[Any] = []
     for output, result in zip(signature.outputs, results, strict=True):
         if type(output) is TensorSpec:
@@ -342,11 +360,24 @@ def dispatch(
     return pytree.tree_unflatten(values, signature.structure)
 
 
-def _change_metadata(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _await_resize(pointer: PointerTensor, spec: TensorSpec) -> None:
+    """Wait until an object has another geometry: its worker may have no room, and the pointer must not say that it has grown, then."""
+    peer = pointer._route.peer
+    (wire,) = peer.request([int(Kind.DESCRIBE), [gate.check_live(pointer).id]])
+    found = spec_from_wire(wire)
+    if (found.shape, found.stride) != (spec.shape, spec.stride):
+        peer.prove()
+        raise FarpointError(f"{describe(pointer)} has the shape {list(found.shape)} and not {list(spec.shape)}: somebody else has resized it")
+
+
+def _change_metadata(pointer: PointerTensor, spec: TensorSpec) -> None:
     from torch.utils._mode_utils import no_dispatch
 
-    with no_dispatch():
-        func(*args, **kwargs)
+    # Not by the operation itself: torch would clear the memory of a shell that grows, and it has none.
+    shell = PointerTensor.shell(spec)
+    with no_dispatch(), torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(pointer, shell)
+    pointer._spec = spec
 
 
 def _ask(func: Any, route: Route, signature: Signature, operands: Operands) -> Any:

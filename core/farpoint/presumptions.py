@@ -1,12 +1,14 @@
 """Where torch itself reads a value on its way: what is done instead, without the value leaving its worker.
 
-Torch reads values for three reasons. To refuse what is wrong: then it is presumed to be right, and its worker is told to raise
+Torch reads values for four reasons. To refuse what is wrong: then it is presumed to be right, and its worker is told to raise
 if it is not. To take a short cut: then there is none. To know the shape of a result: then the operation is done on the worker
-as a whole, if no gradient has to come back through it.
+as a whole, and where a gradient has to come back through it, in steps that need no value. To have a factor: then the worker
+multiplies by it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any, Final
 import torch
 from torch.distributions import Distribution
 from torch.nn import functional
-from torch.nn.modules import transformer
+from torch.nn.modules import batchnorm, transformer
 from torch.utils import _pytree as pytree
 
 from farpoint.surroundings import plain
 
 _aten: Any = torch.ops.aten
 _HERE: Final = str(Path(__file__).parent)
+_SPLIT: Any = _aten.tensor_split.tensor_indices_or_sections
 
 _PRESUMED: Final[dict[Any, tuple[bool, str]]] = {
     functional.gaussian_nll_loss: (False, "var has negative entry/entries"),
@@ -35,14 +38,19 @@ _WHOLE: Final[dict[Any, Any]] = {
     torch.Tensor.cov: _aten.cov.default,
     torch.narrow: _aten.narrow.Tensor,
     torch.Tensor.narrow: _aten.narrow.Tensor,
-    torch.tensor_split: _aten.tensor_split.tensor_indices_or_sections,
-    torch.Tensor.tensor_split: _aten.tensor_split.tensor_indices_or_sections,
+    torch.tensor_split: _SPLIT,
+    torch.Tensor.tensor_split: _SPLIT,
     functional.one_hot: _aten.one_hot.default,
 }
 """Functions that a worker executes as a whole."""
 
 COMPOSED: Final = frozenset({torch._C._nn.pad_sequence})
 """Functions that write their operands into what they have made first, without a look at where the operands are."""
+
+_NAMES: Final = {"input": "self", "tensor": "self", "indices_or_sections": "tensor_indices_or_sections"}
+
+_AVERAGING: Final = batchnorm._BatchNorm.forward.__code__
+"""What asks for the number of batches, to divide by it, where a module has no momentum."""
 
 _SHORT_CUTS: Final = (transformer._detect_is_causal_mask.__code__,)
 """Functions that ask for a truth value only to be faster if it is so."""
@@ -131,16 +139,131 @@ def no_doubt(truth: torch.Tensor, dispatch: Callable[..., Any]) -> bool:
     return True
 
 
-def whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Return the operator that does as a whole what a function cannot do without a value, and its arguments by name."""
+def otherwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dispatch: Callable[..., Any]) -> Any:
+    """Do what a function cannot do without a value: as a whole, or in steps if a gradient has to come back.
+
+    Args:
+        func: The function.
+        args: Its arguments.
+        kwargs: The same by name.
+        dispatch: Issues an operation on pointers.
+
+    Returns:
+        What the function returns, or NotImplemented if there is no other way.
+    """
     operator = _WHOLE.get(func)
     if operator is None:
-        return None
+        return NotImplemented
+    named = {_NAMES.get(name, name): value for name, value in kwargs.items()}
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return None
-    names = {"input": "self", "tensor": "self", "indices_or_sections": "tensor_indices_or_sections"}
-    return operator, {names.get(name, name): value for name, value in kwargs.items()}
+    if operator is _SPLIT or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _STEPS[operator](dispatch, *args, **named)
+    with torch._C.DisableTorchFunctionSubclass():
+        return dispatch(operator, args, named)
+
+
+def _cov(
+    dispatch: Callable[..., Any],
+    self: torch.Tensor,
+    correction: int = 1,
+    fweights: torch.Tensor | None = None,
+    aweights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute what torch does, with `where` for the formula that it chooses by a value."""
+    _as_a_whole(dispatch, _aten.cov.default, self, correction=correction, fweights=fweights, aweights=aweights)  # refuses what is wrong
+    given = [weights for weights in (fweights, aweights) if weights is not None]
+    weights = given[0] * given[1] if len(given) == 2 else given[0]
+    rows = self if self.ndim == 2 else self.view(1, -1)
+    total = weights.sum()
+    mean = (rows * weights).sum(1) / total
+    if aweights is not None and correction != 0:
+        divisor = total - correction * (weights * aweights).sum() / total
+    else:
+        divisor = total - correction
+    divisor = torch.where(divisor <= 0, 0, divisor)
+    rows = rows - mean.unsqueeze(1)
+    product = torch.mm(rows, (rows * weights).t().conj())
+    if product.is_complex() and len(rows) == 1:
+        product = torch.complex(product.real, torch.zeros_like(product.real))
+    return torch.true_divide(product, divisor).squeeze()
+
+
+def _narrow(dispatch: Callable[..., Any], self: torch.Tensor, dim: int, start: torch.Tensor, length: int) -> torch.Tensor:
+    line = self.detach().new_zeros(self.size(dim), dtype=torch.bool)
+    _as_a_whole(dispatch, _aten.narrow.Tensor, line, 0, start, length)  # refuses what is wrong
+    before, _ = _as_a_whole(dispatch, _SPLIT, line, start.long().reshape(1))
+    return torch.narrow(self, dim, before.shape[0], length)
+
+
+def _tensor_split(
+    dispatch: Callable[..., Any], self: torch.Tensor, tensor_indices_or_sections: torch.Tensor, dim: int = 0
+) -> tuple[torch.Tensor, ...]:
+    if not tensor_indices_or_sections.ndim:
+        one = self.detach().new_zeros(1, dtype=torch.bool)
+        return torch.tensor_split(self, len(torch.repeat_interleave(one, tensor_indices_or_sections.reshape(1))), dim)
+    line = self.detach().new_zeros(self.size(dim), dtype=torch.bool)
+    parts = _as_a_whole(dispatch, _SPLIT, line, tensor_indices_or_sections)
+    # Where a part begins and how long it is comes with its metadata: what has a shape that depends on values tells of them.
+    begin = parts[0].storage_offset()
+    return tuple(torch.narrow(self, dim, part.storage_offset() - begin, part.shape[0]) for part in parts)
+
+
+def _as_a_whole(dispatch: Callable[..., Any], operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let a worker execute an operator that torch would take apart, on operands without a history."""
+    plain_args = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
+    named = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    with torch._C.DisableTorchFunctionSubclass():
+        return dispatch(operator, plain_args, named)
+
+
+_STEPS: Final[dict[Any, Callable[..., Any]]] = {
+    _aten.cov.default: _cov,
+    _aten.narrow.Tensor: _narrow,
+    _SPLIT: _tensor_split,
+}
+"""What is done with pointers, in operations that have gradients, where an operator as a whole would have none."""
+
+
+def is_averaging() -> bool:
+    """Return whether a number of batches is asked for to divide by it. It may be said to be NaN, then.
+
+    What comes of that is `average`'s to see, and so must be about pointers.
+    """
+    frame = _asker()
+    return frame.f_code is _AVERAGING and hasattr(frame.f_locals["input"], "_route")
+
+
+def average(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Do what `batch_norm` does for a module without a momentum, whose factor is NaN as it could not be read.
+
+    A kernel that begins with zeros and has the factor one leaves the statistics of the batch. The average of these and the present
+    ones rounds as torch's kernels do that are for contiguous memory; those for other layouts do it in double precision.
+
+    Args:
+        args: What it was called with.
+        kwargs: The same by name.
+
+    Returns:
+        What it returns, or NotImplemented if it was called by somebody else.
+    """
+    momentum = kwargs.get("momentum")
+    if type(momentum) is not float or not math.isnan(momentum):
+        return NotImplemented
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not _AVERAGING:
+        frame = frame.f_back
+    source, *running = args
+    if frame is None or frame.f_locals["self"].momentum is not None or any(one is None for one in running):
+        return NotImplemented
+    batch = [torch.zeros_like(one) for one in running]
+    result = functional.batch_norm(source, batch[0], batch[1], **{**kwargs, "momentum": 1.0})
+    with torch.no_grad():
+        factor = (1.0 / frame.f_locals["self"].num_batches_tracked.double()).to(running[0].dtype)
+        for one in running:
+            one.mul_(1 - factor)
+        running[0].add_(factor * batch[0])
+        running[1].copy_(running[1].double() + factor.double() * batch[1].double())  # a fused multiply-add
+    return result
 
 
 def without_data(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from farpoint.isolation.memory import (
     content,
     describe,
     file_of,
+    grow,
     keep_file,
     map_file,
     new_storage,
@@ -29,6 +30,7 @@ from farpoint.isolation.memory import (
 )
 from farpoint.isolation.pipe import close_all
 from farpoint.isolation.processes import Process, zygote
+from farpoint.resizing import outgrown
 from farpoint.stored import Poisoned
 
 if TYPE_CHECKING:
@@ -115,6 +117,8 @@ class IsolatedExecutor:
             self._exchange(template, request, values, loan)
         if self._guest.left:
             self._crashed(template, "the session is over")
+        if any(storage in outgrown for storage in loan.storages):
+            self._crashed(template, "another session has resized one of its operands meanwhile")
         for storage, data in loan.changed:
             content(storage)[:] = data
         for operand, now in loan.moved:
@@ -282,6 +286,7 @@ class Isolation:
     """
 
     share = staticmethod(share)
+    grow = staticmethod(grow)
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker

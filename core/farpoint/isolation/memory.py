@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 import attrs
 import torch
 
+from farpoint import resizing
 from farpoint.errors import DecodeError, EncodeError
 from farpoint.limits import DEFAULT_LIMITS
 from farpoint.tensors import DTYPE_NAMES, DTYPES, check_shape, dense, from_payload, payload
@@ -101,6 +102,22 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
         raise
     keep_file(shared, descriptor)
     return build(describe(tensor, 0), [shared])
+
+
+def grow(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+    """Return a larger storage with the same content, and zeros after it, in a memory file as `share` does."""
+    if nbytes <= SMALL or not room():
+        return resizing.grow(storage, nbytes)
+    descriptor = os.memfd_create("farpoint", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)  # or writing what is not there would end this process
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        grown = map_file(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    keep_file(grown, descriptor)
+    return resizing.fill(grown, storage)
 
 
 def describe(tensor: torch.Tensor, storage: int) -> list[Any]:

@@ -2,9 +2,10 @@
 
 from farpoint.operations.arguments import Hole, check_arguments, check_scalar
 from farpoint.operations.operands import check_operands
-from farpoint.operations.table import UNINITIALISED, Operation, lookup, names, of
+from farpoint.operations.table import RESIZING, UNINITIALISED, Operation, lookup, names, of
 
 __all__ = [
+    "RESIZING",
     "UNINITIALISED",
     "Hole",
     "Operation",

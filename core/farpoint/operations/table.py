@@ -37,6 +37,9 @@ clears the result's whole storage: a strided result has gaps between its element
 _READ_ONLY = frozenset({("aten::_fused_adagrad_.default", "state_steps")})
 """Arguments that a schema marks as written, though the kernel reads them only: they may be local, as those of `_fused_adam_`."""
 
+RESIZING: Final = frozenset({"aten::resize_.default", "aten::resize_as_.default"})
+"""Operations that resize an operand. A worker does not let torch do it: see `farpoint.resizing`."""
+
 # Names in a schema cannot say it: the value of these Scalars is the shape.
 _SHAPED_BY_SCALARS = re.compile(r"aten::(arange|range)\.")
 
