@@ -1,11 +1,10 @@
-"""What a worker does for its clients: one method for each kind of message but those of moves."""
+"""What a worker does for its clients: one method for each kind of message but those of moves, plans and queries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 
 from farpoint.channel import LARGE
@@ -20,12 +19,12 @@ from farpoint.errors import (
 from farpoint.executor import leaves
 from farpoint.failures import describe_failure
 from farpoint.forecast import forecast
-from farpoint.listing import list_store
-from farpoint.names import check_description, check_note, check_query, check_tags, words_of
+from farpoint.names import check_note
 from farpoint.operations import RESIZING
 from farpoint.plugins import plugins
 from farpoint.protocol.messages import Kind
 from farpoint.protocol.shapes import brief, check_run, is_number
+from farpoint.queries import Queries
 from farpoint.quota import weigh
 from farpoint.resizing import resize
 from farpoint.spec import describe_tensor, spec_from_wire
@@ -64,18 +63,13 @@ class Commands:
             int(Kind.RELEASE): self._release,
             int(Kind.FETCH): self._fetch,
             int(Kind.MOVE): moves.move,
-            int(Kind.SEARCH): self._search,
-            int(Kind.TAG): self._tag,
-            int(Kind.CLEAR): self._clear,
             int(Kind.SYNC): self._sync,
             int(Kind.DESCRIBE): self._describe,
             int(Kind.TRANSFER): moves.receive,
-            int(Kind.LIST): self._list,
             int(Kind.LOCATE): self._locate,
-            int(Kind.READ): self._read,
-            int(Kind.SEED): self._seed,
             int(Kind.PLAN): self._worker.macros.keep,
             int(Kind.RUNPLAN): self._worker.macros.run,
+            **Queries(self._worker).table(),
         }
 
     def _define(self, guest: Guest, number: int, message: list[Any]) -> None:
@@ -315,48 +309,6 @@ class Commands:
                 plain = plain if guest.at_once else plain.clone()
             guest.answer(number, ["tensor", plain, *about])
 
-    def _read(self, guest: Guest, number: int, message: list[Any]) -> None:
-        _, object_id, offset, length = message
-        value = self._worker.find(guest, object_id)
-        self._worker.authorize(guest, "get", object_id)
-        if not isinstance(value, torch.Tensor):
-            raise MalformedMessageError("READ", "id", "that of a tensor", "that of a pointer")
-        total = value.numel() * value.itemsize
-        if offset + length > total:
-            raise MalformedMessageError("READ", "offset and length", f"within {total} bytes", f"{offset} and {length}")
-        if guest.reading is None or guest.reading[0] is not value:
-            plain = dense(value)
-            guest.quota.check(0 if plain.data_ptr() == value.data_ptr() else total, 0)
-            guest.reading = (value, plain.view(-1).view(torch.uint8))
-        piece = guest.reading[1][offset : offset + length].clone()
-        if offset + length == total:
-            guest.reading = None
-        guest.quota.check_answer(guest.channel.session, length)
-        guest.answer(number, piece)
-
-    def _search(self, guest: Guest, number: int, message: list[Any]) -> None:
-        tags, words = check_query(message[1])
-        self._worker.authorize(guest, "search")
-        hidden = self._worker.quarantine.objects()
-        notes = ((i, self._worker.store.annotation(i)) for i in self._worker.store if i not in hidden)
-        found = [i for i, note in notes if tags <= note.tags and (not words or words <= words_of(note.description))]
-        guest.answer(number, found[: self._worker.limits.results])
-
-    def _tag(self, guest: Guest, number: int, message: list[Any]) -> None:
-        _, object_id, tags, description = message
-        self._worker.find(guest, object_id)
-        note = self._worker.store.annotation(object_id)
-        if tags is not None:
-            note = attrs.evolve(note, tags=check_tags(tags))
-        if description is not None:
-            note = attrs.evolve(note, description=check_description(description))
-        self._worker.authorize(guest, "tag", object_id)
-        self._worker.store.annotate(object_id, note)
-
-    def _list(self, guest: Guest, number: int, message: list[Any]) -> None:
-        self._worker.authorize(guest, "list")
-        guest.answer(number, list_store(self._worker.store, message[1], self._worker.quarantine.objects()))
-
     def _locate(self, guest: Guest, number: int, message: list[Any]) -> None:
         if message[1] not in self._worker.store and self._worker.movers.on_the_way(
             message[1], guest.holder, lambda: self._worker.execute(guest, number, message)
@@ -381,17 +333,6 @@ class Commands:
         guest.pass_on(peer)
         peer.ask([int(Kind.LOCATE), value.reference.id], located)
         self._worker.dirty.add(peer)
-
-    def _clear(self, guest: Guest, number: int, message: list[Any]) -> None:
-        self._worker.authorize(guest, "clear")
-        every = list(self._worker.store)
-        self._worker.free(every)
-        self._worker.holders.forget(every)
-        guest.answer(number, True)
-
-    def _seed(self, guest: Guest, number: int, message: list[Any]) -> None:
-        self._worker.authorize(guest, "seed")
-        guest.executor.seed(message[1])
 
     def _sync(self, guest: Guest, number: int, message: list[Any]) -> None:
         visited, further = [*message[1], self._worker.id], message[2]
