@@ -24,6 +24,7 @@ from farpoint.limits import Limits
 from farpoint.macro import apart, pack, step_number
 from farpoint.peer import RUN, SYNC, Peer
 from farpoint.protocol.messages import Kind
+from farpoint.submission import send_plan
 from farpoint.terms import read_terms
 from farpoint.worker import Worker
 from wire import RawClient, check_books, new_worker, stocked
@@ -392,6 +393,45 @@ class TestFrozen:
         assert [frozen(p, q).get()[0].item() for _ in range(3)] == [3, 5, 9]
         assert [frozen(q, q).get()[0].item() for _ in range(3)] == [4, 8, 16]
         assert frozen.runs == 4
+
+    def test_garbage_is_nothing_that_is_left(self, bob: VirtualWorker) -> None:
+        def f(p: Any) -> Any:
+            ring: list[Any] = [p + 1]
+            ring.append(ring)
+            return p * 2
+
+        frozen = farpoint.plan(frozen=True)(f)
+        p = send(torch.ones(2), bob)
+        gc.disable()
+        try:
+            for _ in range(2):
+                frozen(p)
+        finally:
+            gc.enable()
+        gc.collect()
+        for _ in range(3):
+            frozen(p)
+        assert frozen.runs == 2 and len(bob) == 1
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_a_worker_that_does_something_else_is_found_by_verify(
+        self, bob: VirtualWorker, frozen: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = user("def f(p):\n    p.add_(1)\n    return (p * 0.5).sum()\n")
+        f = farpoint.plan(frozen=frozen, verify=True)(names["f"])
+        p = send(torch.zeros(2), bob)
+        for _ in range(3):
+            f(p)
+
+        def wrong(peer: Any, registration: Any, stream: Any, ids: Any, values: list[Any], given_up: Any, *, fresh: bool) -> None:
+            send_plan(peer, registration, stream, ids, [*values[:-1], 0.25], given_up, fresh=fresh)
+
+        monkeypatch.setattr("farpoint.verification.send_plan", wrong)
+        with pytest.raises(PlanError, match=r"gives another result of aten::sum\.default as a plan than one by one") as caught:
+            f(p)
+        assert caught.value.where == "user.py:3"
+        caught.value.__traceback__ = None
+        assert p.get(keep=True).tolist() == [4, 4], "the call has taken effect, once"
 
     def test_results_are_new_each_time(self, setting: Any) -> None:
         *_, x, y, frozen = setting
