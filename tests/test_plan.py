@@ -24,6 +24,7 @@ from farpoint.limits import Limits
 from farpoint.macro import apart, pack, step_number
 from farpoint.peer import RUN, SYNC, Peer
 from farpoint.protocol.messages import Kind
+from farpoint.submission import send_plan
 from farpoint.terms import read_terms
 from farpoint.worker import Worker
 from wire import RawClient, check_books, new_worker, stocked
@@ -375,6 +376,63 @@ class TestFrozen:
         assert self.equal(model, here) and frozen.runs == 6
         del kept
 
+    def test_what_is_spent_is_looked_for_again(self, bob: VirtualWorker) -> None:
+        names = user("def f(p):\n    return p * w\n", w=send(torch.full((2,), 3.0), bob))
+        frozen = farpoint.plan(frozen=True)(names["f"])
+        p = send(torch.ones(2), bob)
+        for _ in range(3):
+            frozen(p)
+        names["w"] = send(names["w"].get() + 1, bob)
+        for _ in range(3):
+            assert frozen(p).get().tolist() == [4, 4]
+        assert frozen.runs == 4
+
+    def test_one_tensor_for_two_arguments_is_another_call(self, bob: VirtualWorker) -> None:
+        frozen = farpoint.plan(frozen=True)(lambda a, b: a.mul_(2) + b)
+        p, q = send(torch.ones(2), bob), send(torch.ones(2), bob)
+        assert [frozen(p, q).get()[0].item() for _ in range(3)] == [3, 5, 9]
+        assert [frozen(q, q).get()[0].item() for _ in range(3)] == [4, 8, 16]
+        assert frozen.runs == 4
+
+    def test_garbage_is_nothing_that_is_left(self, bob: VirtualWorker) -> None:
+        def f(p: Any) -> Any:
+            ring: list[Any] = [p + 1]
+            ring.append(ring)
+            return p * 2
+
+        frozen = farpoint.plan(frozen=True)(f)
+        p = send(torch.ones(2), bob)
+        gc.disable()
+        try:
+            for _ in range(2):
+                frozen(p)
+        finally:
+            gc.enable()
+        gc.collect()
+        for _ in range(3):
+            frozen(p)
+        assert frozen.runs == 2 and len(bob) == 1
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_a_worker_that_does_something_else_is_found_by_verify(
+        self, bob: VirtualWorker, frozen: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = user("def f(p):\n    p.add_(1)\n    return (p * 0.5).sum()\n")
+        f = farpoint.plan(frozen=frozen, verify=True)(names["f"])
+        p = send(torch.zeros(2), bob)
+        for _ in range(3):
+            f(p)
+
+        def wrong(peer: Any, registration: Any, stream: Any, ids: Any, values: list[Any], given_up: Any, *, fresh: bool) -> None:
+            send_plan(peer, registration, stream, ids, [*values[:-1], 0.25], given_up, fresh=fresh)
+
+        monkeypatch.setattr("farpoint.verification.send_plan", wrong)
+        with pytest.raises(PlanError, match=r"gives another result of aten::sum\.default as a plan than one by one") as caught:
+            f(p)
+        assert caught.value.where == "user.py:3"
+        caught.value.__traceback__ = None
+        assert p.get(keep=True).tolist() == [4, 4], "the call has taken effect, once"
+
     def test_results_are_new_each_time(self, setting: Any) -> None:
         *_, x, y, frozen = setting
         losses = [frozen(x, y) for _ in range(3)]
@@ -532,14 +590,13 @@ class TestCalls:
             f()
         assert p.get(keep=True).tolist() == [2, 2]
 
-        @farpoint.plan
-        def g() -> Any:
-            return p.add_(1)
-
-        for _ in range(4):  # each by the other way than the call before
-            pp.mul_(2)
-            g()
-        assert p.get().tolist() == [47, 47] and g.replays == 3
+        for frozen in (False, True):
+            p.zero_()
+            g = farpoint.plan(frozen=frozen)(lambda: p.add_(1))
+            for _ in range(4):  # each by the other way than the call before
+                pp.mul_(2)
+                g()
+            assert p.get(keep=True).tolist() == [15, 15] and g.replays == 3
 
     def test_another_thread_sends_meanwhile(self, bob: VirtualWorker) -> None:
         outer = send(torch.ones(2), bob)
@@ -580,8 +637,17 @@ class TestCalls:
             return packet
 
         monkeypatch.setattr(peer.channel.session, "pack", packed)
+        asked: list[int] = []
+        ask = Peer.ask
+
+        def asks(peer: Peer, message: list[Any], *rest: Any, **named: Any) -> Reply:
+            asked.append(message[0])
+            return ask(peer, message, *rest, **named)
+
+        monkeypatch.setattr(Peer, "ask", asks)
         for _ in range(5):
             f(pp)
+        assert asked.count(SYNC) >= 2, "7,500 commands are under way, not 5"
         assert f.replays == 7 and max(sizes) == BATCH and sum(sizes) >= 7500
         assert pp.get().get().tolist() == [12_000, 12_000]
 
@@ -592,14 +658,14 @@ class TestCalls:
         assert read_terms({"limits": {"plans": -1}}, "", Limits()).limits.plans == Limits().plans
 
     def test_more_templates_than_slots(self, bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, templates=4))
+        monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, templates=2))
         p = send(torch.arange(6.0), bob)
-        f = farpoint.plan(lambda q: q.neg().abs().add(1).sqrt())
-        for n in range(5):
-            assert torch.equal(f(p).get(), (torch.arange(6.0) + 1).sqrt())
-            for other in (p.exp(), p.sin(), p.cos())[: n % 4]:  # which take slots from it
-                other.free()
+        f = farpoint.plan(lambda q: q.abs().sqrt())
+        for _ in range(5):
+            assert torch.equal(f(p).get(), torch.arange(6.0).sqrt())
+            kept = [p.exp(), p.abs(), p.sin()]  # abs has the older one of the two slots then, and sqrt none
         assert f.replays == 4
+        del kept
 
     def test_too_many_commands(self, bob: VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bob.peer, "limits", attrs.evolve(bob.peer.limits, plan_commands=3))
@@ -639,8 +705,10 @@ class TestCalls:
             expected = [f(p).detach().get() for _ in range(4)]
             with pytest.warns(UserWarning, match="replaced"):
                 bob = VirtualWorker(id="bob")
-            with pytest.raises(farpoint.WorkerLostError):
+            with pytest.raises(farpoint.WorkerLostError) as caught:
                 f(p)
+            assert any(entry.name == "<lambda>" for entry in caught.traceback), "on the line that issues the first command"
+            caught.value.__traceback__ = None
             names["model"] = mlp().send(bob)  # type: ignore[operator]  # the hook's
             p = send(torch.ones(2, 4), bob)
             assert all(torch.equal(f(p).detach().get(), expected[0]) for _ in range(4))
@@ -732,7 +800,10 @@ class TestMessages:
 
     def test_what_fails_poisons_its_own_results_and_says_which(self, worker: Worker, mallory: RawClient) -> None:
         other = stocked(RawClient(worker.url), 101, 102)
+        guest = worker.guests[mallory.holder]
+        said = guest.channel.session.submitted
         (number,) = mallory.say([RUNPLAN, 0, pack([1, 101, 3, 4]), [5], b""])
+        assert guest.channel.session.submitted == said + 1, "what follows from it is not told again"
         failure = mallory.answers[number][1]
         assert failure["kind"] == "ObjectNotFoundError" and failure["step"] == 1 and not failure["orphan"]
         assert set(worker.poisoned) == {3, 4} and worker.poisoned[3]["uid"] == worker.poisoned[4]["uid"]

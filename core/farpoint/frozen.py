@@ -177,7 +177,7 @@ class Recording:
                 what = f"the number {old!r} the one time and {new!r} the other" if not isinstance(new, torch.Tensor) else "a small tensor"
                 return what, spell(_line_of_value(part, position))
             for place, (old, new) in enumerate(zip(before.sources, part.sources, strict=True)):
-                if old != new and not (old[0] == new[0] == _FOUND and old[1]._reference is new[1]._reference):
+                if not _same_source(old, new):
                     return "another tensor", spell(_line_of_place(part, place))
             if before.left.keys() != part.left.keys():
                 place = min(before.left.keys() ^ part.left.keys())
@@ -272,6 +272,15 @@ def _same(one: Any, other: Any) -> bool:
         alike = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.dtype is other.dtype
         return alike and torch.equal(one, other)
     return type(one) is type(other) and repr(one) == repr(other)  # which tells -0.0 from 0.0, and NaN is NaN
+
+
+def _same_source(one: Source, other: Source) -> bool:
+    if one[0] != other[0]:
+        return False
+    if one[0] != _FOUND:
+        return one[1] == other[1]  # type: ignore[no-any-return]  # of plain values
+    # Pointers are not compared: that would be an operation on them.
+    return one[1] is other[1] or (one[1]._reference is other[1]._reference is not None)
 
 
 def _same_return(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
