@@ -89,9 +89,10 @@ def counted() -> Iterator[Counter[str]]:
         counts["commands"] += message[0] not in _UNASKED and message[0] < Kind.ANSWER
         return submit(self, message)
 
-    def packed(self: Session) -> Any:
-        counts["messages"] += self.remote != farpoint.me().incarnation  # not what a virtual worker says back
-        return pack(self)
+    def packed(self: Session, *args: Any) -> Any:
+        packet = pack(self, *args)
+        counts["messages"] += packet is not None and self.remote != farpoint.me().incarnation  # not what a virtual worker says back
+        return packet
 
     def waited(self: Peer, reply: Reply, *args: Any) -> Any:
         counts["waits"] += reply.asked[0] not in _UNASKED

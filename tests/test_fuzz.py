@@ -109,6 +109,9 @@ def work(bob: RemoteWorker, alice: RemoteWorker) -> None:
     bob.peer.request([int(Kind.DESCRIBE), [x.id_at_location]])
     bob.peer.request([int(Kind.READ), x.id_at_location, 0, 4])
     torch.unique(x, return_inverse=True)
+    doubled = farpoint.plan(lambda a: a * 2)
+    for _ in range(3):
+        doubled(x)
     p: Any = send(x, alice)
     q: Any = p + p * 2
     q.add_(torch.tensor(1.0))
@@ -130,6 +133,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[tuple[str, Traffic, list[W
     """Return a serializer, traffic that was recorded with it, and the two workers that it was meant for."""
     policy = _NoClearing()
     plugins.register(policy)
+    request.addfinalizer(lambda: plugins.unregister(policy))
     n = next(numbers)
     limits = Limits(message_bytes=2**24, bytes=2**24)
     workers = [
@@ -171,7 +175,6 @@ def stage(request: pytest.FixtureRequest) -> Iterator[tuple[str, Traffic, list[W
         push = [5, 5, 1, 77, 78, False, None, None]
         said.append((place, [int(Kind.TRANSFER), "Push", push, [torch.ones(2), False, [], "", ""]]))
     yield request.param, Traffic(said, sessions), workers
-    plugins.unregister(policy)
     for worker in workers:
         worker.close()
 

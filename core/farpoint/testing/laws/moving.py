@@ -199,7 +199,7 @@ FAILURES: dict[str, Callable[[Any, Any, Network], Any]] = {
     "dtype, in place": lambda p, q, n: p.bitwise_not_(),
     "dtype, index": lambda p, q, n: p[p],
     "forbidden": lambda p, q, n: p.to_sparse(),
-    "forbidden, in place": lambda p, q, n: p.set_(p),
+    "forbidden, in place": lambda p, q, n: p.set_(),
     "too few arguments": lambda p, q, n: p.add(),
     "too many arguments": lambda p, q, n: p.add(1, 2, 3, 4),
     "wrong keyword": lambda p, q, n: p.sum(dimension=1),
