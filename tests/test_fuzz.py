@@ -128,12 +128,17 @@ def work(bob: RemoteWorker, alice: RemoteWorker) -> None:
         (bad + 1).get()
 
 
-@pytest.fixture(scope="module", params=["msgpack", "torch"])
-def stage(request: pytest.FixtureRequest) -> Iterator[tuple[str, Traffic, list[Worker]]]:
-    """Return a serializer, traffic that was recorded with it, and the two workers that it was meant for."""
+@pytest.fixture(scope="module")
+def _no_clearing() -> Iterator[None]:
     policy = _NoClearing()
     plugins.register(policy)
-    request.addfinalizer(lambda: plugins.unregister(policy))
+    yield
+    plugins.unregister(policy)
+
+
+@pytest.fixture(scope="module", params=["msgpack", "torch"])
+def stage(_no_clearing: None, request: pytest.FixtureRequest) -> Iterator[tuple[str, Traffic, list[Worker]]]:
+    """Return a serializer, traffic that was recorded with it, and the two workers that it was meant for."""
     n = next(numbers)
     limits = Limits(message_bytes=2**24, bytes=2**24)
     workers = [

@@ -648,7 +648,7 @@ class TestCalls:
         for _ in range(5):
             f(pp)
         assert asked.count(SYNC) >= 2, "7,500 commands are under way, not 5"
-        assert f.replays == 7 and max(sizes) == BATCH and sum(sizes) >= 7500
+        assert f.replays == 7 and max(sizes) == 2 * BATCH and sum(sizes) >= 7500
         assert pp.get().get().tolist() == [12_000, 12_000]
 
     def test_a_worker_of_before_gets_no_plans(self) -> None:

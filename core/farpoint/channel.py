@@ -215,7 +215,7 @@ class Channel:
                 return
             direct = not lane.busy and self._may_write()
             # What a worker passes on of a plan is far more than what anybody issues between two packets.
-            while (packet := self.session.pack(BATCH)) is not None:
+            while (packet := self.session.pack(2 * BATCH)) is not None:
                 frames = self.serializer.encode(packet)
                 # Frames alias tensors that may change as soon as this call returns; whoever writes will not be done by then.
                 lane.out.append(frames if direct else [bytes(frame) for frame in frames])
